@@ -1,0 +1,146 @@
+"""Which backend runs a call: one ordered choice per operator, in one visible place.
+
+Every operator lists its backends, fastest first, each with a function that says why it cannot take
+a call (or None). `impl=None` takes the first without a reason; an explicit `impl` never falls back.
+No environment variable picks a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Impl = Literal["cuda", "triton", "torch"]
+Reason = Callable[..., "str | None"]  # (*call) -> why this backend cannot take the call
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads this once, when a kernel is decorated; so do we.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `fastlm.explain` returns: the backend that would run, and why each other would not."""
+
+    op: str
+    chosen: Impl | None
+    reasons: Mapping[Impl, str | None]
+
+    def __str__(self) -> str:
+        rows = [f"{self.op}: {self.chosen or 'no backend'}"]
+        for impl, reason in self.reasons.items():
+            note = "chosen" if impl == self.chosen else reason or "available, slower or equal"
+            rows.append(f"  {impl:<6} {note}")
+        return "\n".join(rows)
+
+
+class _Explained(Exception):
+    """Carries the explanation out of a call that `explain` made; never escapes it."""
+
+    def __init__(self, explanation: Explanation):
+        self.explanation = explanation
+
+
+class _Probe:
+    """Passed as `impl` by `explain`: the call runs its checks, then `choose` reports and stops."""
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """Says which backend `op(*args, **kwargs)` would use and why the others would not.
+
+    The call's own checks run, so bad input raises what the call would raise; nothing is computed.
+
+    Args:
+        op: an operator of `fastlm`, by name or itself, e.g. `"attention"`.
+        args, kwargs: what the call would be given; an explicit `impl` is ignored.
+    """
+    if isinstance(op, str):
+        import fastlm
+
+        fn = getattr(fastlm.ops, op, None)
+        if fn is None:
+            names = ", ".join(sorted(fastlm.ops.__all__))
+            raise ValueError(f"explain: op must be one of {names}, got {op!r}")
+    else:
+        fn = op
+    try:
+        fn(*args, **{**kwargs, "impl": _Probe()})
+    except _Explained as result:
+        return result.explanation
+    raise ValueError(f"explain: op must be an operator that takes impl, got {op!r}")
+
+
+def choose(
+    op: str, impl: Impl | None, backends: Mapping[Impl, Reason], device: torch.device, *call
+) -> Impl:
+    """Returns the backend for a call.
+
+    Args:
+        op: the operator's public name, for messages.
+        impl: the caller's request, or None.
+        backends: the operator's backends, fastest first, each with its `Reason`.
+        device: where the inputs are.
+        call: what the reasons look at; metadata only.
+    """
+    if impl is None:
+        for name, reason in backends.items():
+            if _unavailable(name, device) is None and reason(*call) is None:
+                return name
+        raise AssertionError(f"{op}: the torch backend refuses no call")
+    if isinstance(impl, _Probe):
+        raise _Explained(_explanation(op, backends, device, call))
+    if impl not in get_args(Impl):
+        raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
+    if impl not in backends:
+        raise NotImplementedError(f"{op}: {_absent(op, impl)}; use impl='torch'")
+    interpreting = impl == "triton" and INTERPRETED and device.type == "cpu"
+    missing = None if interpreting else _unavailable(impl, device)
+    if missing is not None:
+        raise RuntimeError(f"{op}: impl must be available, got {impl!r}: {missing}")
+    lacking = backends[impl](*call)
+    if lacking is not None:
+        raise NotImplementedError(f"{op}: impl={impl!r} {lacking}; use impl='torch'")
+    return impl
+
+
+def supports_all(*_) -> None:
+    """The `Reason` of a backend that refuses nothing."""
+    return None
+
+
+def _explanation(op, backends, device, call) -> Explanation:
+    reasons = {}
+    for impl in get_args(Impl):
+        if impl not in backends:
+            reasons[impl] = _absent(op, impl)
+        else:
+            reasons[impl] = _unavailable(impl, device) or backends[impl](*call)
+    chosen = next((name for name in backends if reasons[name] is None), None)
+    return Explanation(op, chosen, reasons)
+
+
+def _absent(op: str, impl: Impl) -> str:
+    return f"fastlm has no {impl} kernel for {op}"
+
+
+def _unavailable(impl: Impl, device: torch.device) -> str | None:
+    """Why this machine or this device cannot run `impl`, whatever the call."""
+    if impl == "torch":
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on a GPU, the inputs are on {device.type}"
+    if not HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    return _too_old(device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _too_old(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "its kernels need compute capability 8.0 or newer"
+    return None

@@ -1,0 +1,83 @@
+"""Argument checks shared by the public functions. They read metadata only and raise one clear error.
+
+Messages: `"{op}: {arg} must {be|have|match} {constraint}, got {value}"`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(op: str, arg: str, constraint: str, got, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise; `constraint` starts with be, have or match."""
+    return error(f"{op}: {arg} must {constraint}, got {got}")
+
+
+def require_tensor(op: str, arg: str, x) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise fail(op, arg, "be a tensor", type(x).__name__, TypeError)
+
+
+def require_float(op: str, arg: str, x) -> None:
+    """A floating-point tensor. fp64 is accepted: the reference takes it."""
+    require_tensor(op, arg, x)
+    if x.dtype not in FLOATS:
+        raise fail(op, arg, "have a floating-point dtype", x.dtype)
+
+
+def require_device(op: str, arg: str, x: torch.Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise fail(op, arg, f"be on the device of the first input, {device}", x.device)
+
+
+def require_shape(op: str, arg: str, x: torch.Tensor, shape: tuple, form: str) -> None:
+    """`form` names the dimensions, e.g. "(dim,)"."""
+    if tuple(x.shape) != tuple(shape):
+        raise fail(op, arg, f"have shape {form} = {tuple(shape)}", tuple(x.shape))
+
+
+def require_probability(op: str, arg: str, p) -> None:
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise fail(op, arg, "be a number from 0 to 1", type(p).__name__, TypeError)
+    if not 0.0 <= p <= 1.0:
+        raise fail(op, arg, "be a number from 0 to 1", p)
+
+
+def require_choice(op: str, arg: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise fail(op, arg, f"be one of {names}", repr(value))
+
+
+def make_seed(op: str, seed, dropout_p: float, device: torch.device) -> torch.Tensor | None:
+    """The dropout seed as an int64 tensor of shape () on `device`; None where nothing is dropped.
+
+    None draws one from torch's generator of that device, so `torch.manual_seed` governs it, CUDA
+    graphs advance it, and no value travels to the host.
+    """
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise fail(op, "seed", "be an int or an int64 tensor of one element",
+                       f"{seed.dtype} of shape {tuple(seed.shape)}")
+        require_device(op, "seed", seed, device)
+        return seed.reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise fail(op, "seed", "be an int or an int64 tensor of one element",
+                   type(seed).__name__, TypeError)
+    if not -(2**63) <= seed < 2**64:
+        raise fail(op, "seed", "be a 64-bit integer", seed)
+    # Wrap unsigned values: only the 64 bits matter.
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast lowers matrix products on this device, or None outside it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

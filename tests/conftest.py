@@ -1,0 +1,35 @@
+"""Without a GPU, Triton kernels run in the hardened interpreter, on CPU tensors, in every test."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any import
+    import harden
+
+    harden.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not HAS_GPU:
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        if gpu:
+            config.hook.pytest_deselected(items=gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the tests' tensors live: a GPU if there is one, else the CPU (interpreted kernels)."""
+    return DEVICE

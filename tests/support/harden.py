@@ -1,0 +1,95 @@
+"""Turns Triton's interpreter into a checker.
+
+Stock, `TRITON_INTERPRET=1` multiplies bf16 bit patterns in `tl.dot`, accepts out-of-bounds accesses,
+dies of int32 offset overflow, and reads 0 where a masked load without `other=` reads anything on a
+GPU. After `install()` these give the right product, raise, raise, and read NaN bits.
+
+It replaces private functions of triton.runtime.interpreter, so the tests pin triton's version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+_ranges: list[tuple[int, int]] = []  # [low, high) addresses of this launch's tensors
+
+
+def install() -> None:
+    """Idempotent: a second call changes nothing."""
+    builder = interpreter.interpreter_builder
+    if getattr(builder, "fastlm_hardened", False):
+        return
+    builder.fastlm_hardened = True
+    builder.options = dataclasses.replace(builder.options, debug=True)  # int32 overflow checks
+    _check_accesses(builder)
+    _widen_dot(builder)
+    _record_ranges(interpreter.GridExecutor)
+
+
+def _check_accesses(builder) -> None:
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def masked_load(pointers, mask, other, *rest):
+        element = pointers.get_element_ty()
+        dtype = interpreter._get_np_dtype(element)
+        _require_in_bounds(pointers, mask, dtype.itemsize, "load")
+        if other is None:
+            poison = np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
+            other = interpreter.TensorHandle(np.full(pointers.data.shape, poison, dtype), element)
+        return load(pointers, mask, other, *rest)
+
+    def masked_store(pointers, value, mask, *rest):
+        _require_in_bounds(pointers, mask, value.data.itemsize, "store")
+        return store(pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+
+
+def _require_in_bounds(pointers, mask, size: int, what: str) -> None:
+    used = pointers.data
+    if mask is not None:
+        used = used[np.broadcast_to(mask.data, used.shape)]
+    if not used.size:
+        return
+    inside = np.zeros(used.shape, dtype=bool)
+    for low, high in _ranges:
+        inside |= (used >= low) & (used + size <= high)
+    if not inside.all():
+        raise IndexError(f"{what} out of bounds: {(~inside).sum()} of {used.size} addresses")
+
+
+def _widen_dot(builder) -> None:
+    dot = builder.create_dot
+
+    def widened(a, b, acc, *rest):
+        return dot(_bf16_to_fp32(a), _bf16_to_fp32(b), acc, *rest)
+
+    builder.create_dot = widened
+
+
+def _bf16_to_fp32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _record_ranges(executor) -> None:
+    original = executor._init_args_hst
+
+    def init_args(self, args, kwargs):
+        out = original(self, args, kwargs)
+        _ranges.clear()
+        for x in [*out[0], *out[1].values()]:
+            if isinstance(x, torch.Tensor) and x.numel():
+                last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                low = x.data_ptr()
+                _ranges.append((low, low + (last + 1) * x.element_size()))
+        return out
+
+    executor._init_args_hst = init_args
