@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastlm.kernels.primitives import dropout_keep
 
+from fastlm.kernels.primitives import dropout_keep
 from fastlm.reference.dropout import (
     dropout_rows,
     dropout_scale,
