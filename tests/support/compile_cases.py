@@ -1,0 +1,128 @@
+"""The calls whose kernels the compile gate compiles. A name is `<family>-<dtype>[-d<headdim>]-...`.
+
+Names with `-aligned` promise 128-bit loads; the rules are `broken_rules` in compile_gate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import fastlm
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[], None]
+    targets: tuple[str, ...] = ()  # empty: all
+
+
+def tensor(*shape: int, dtype=torch.float32, grad: bool = True) -> torch.Tensor:
+    """A tensor without memory; floating-point ones take gradients."""
+    grad = grad and dtype.is_floating_point
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def forward_backward(fn: Callable, *tensors: torch.Tensor, **options) -> None:
+    """Launches the forward kernels and those of every gradient."""
+    out = fn(*tensors, impl="triton", **options)
+    outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+    optional = [x for x in options.values() if isinstance(x, torch.Tensor)]
+    inputs = [x for x in (*tensors, *optional) if x.requires_grad]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(y) for y in outputs])
+
+
+def cases() -> Iterator[Case]:
+    yield from norm()
+    yield from attention()
+    yield from ffn()
+    yield from loss()
+
+
+def norm() -> Iterator[Case]:
+    def case(label, fn, rows, cols, dtype, params=None, residual=False, **options):
+        def run():
+            x = tensor(rows, cols, dtype=DTYPES[dtype])
+            weights = [tensor(cols, dtype=params or DTYPES[dtype])]
+            weights += [tensor(cols, dtype=params or DTYPES[dtype])] if "layer" in label else []
+            if residual:
+                options["residual"] = tensor(rows, cols, dtype=DTYPES[dtype])
+            forward_backward(fn, x, *weights, **options)
+
+        return Case(f"norm-{dtype}-{label}-{cols}", run)
+
+    ln, rms = fastlm.layer_norm, fastlm.rms_norm
+    yield case("layer-aligned", ln, 4096, 768, "bf16")
+    yield case("layer-aligned", ln, 4096, 1024, "fp32")
+    yield case("layer-odd", ln, 4096, 1001, "fp16")
+    yield case("layer-mixed-aligned", ln, 4096, 768, "bf16", params=torch.float32)
+    block = {"residual": True, "dropout_p": 0.1, "seed": 1, "prenorm": True}
+    yield case("layer-block-aligned", ln, 4096, 1024, "bf16", **block)
+    yield case("layer-wide-aligned", ln, 512, 65536, "bf16")
+    yield case("rms-aligned", rms, 4096, 4096, "bf16")
+    yield case("rms-gemma-aligned", rms, 4096, 2048, "fp16", casting="gemma")
+    yield case("rms-llama-aligned", rms, 4096, 4096, "bf16", casting="llama", residual=True)
+
+
+def attention() -> Iterator[Case]:
+    def case(label, dtype, headdim, *, nheads=16, nheads_k=16, seqlen_q=1024, **options):
+        def run():
+            q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype])
+            k = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
+            v = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
+            forward_backward(fastlm.attention, q, k, v, **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-{label}", run)
+
+    for headdim in (64, 128):
+        yield case("full", "bf16", headdim)
+        yield case("causal", "bf16", headdim, causal=True)
+    yield case("causal", "fp16", 64, causal=True)
+    yield case("causal", "bf16", 256, causal=True)
+    yield case("full", "fp16", 17)
+    yield case("causal-gqa-lengths", "bf16", 40, nheads_k=4, seqlen_q=333, causal="top_left")
+    yield case("causal", "fp32", 64, causal=True)
+    yield case("full", "fp32", 128)
+
+
+def ffn() -> Iterator[Case]:
+    def bias_act(activation, dtype, cols, **options):
+        def run():
+            x, bias = tensor(4096, cols, dtype=DTYPES[dtype]), tensor(cols, dtype=DTYPES[dtype])
+            forward_backward(fastlm.bias_act, x, bias, activation=activation, **options)
+
+        label = "dropout" if options else "plain"
+        return Case(f"ffn-{dtype}-bias_act-{label}-aligned-{activation}", run)
+
+    def glu(activation, dtype, cols):
+        def run():
+            gate, up = (tensor(4096, cols, dtype=DTYPES[dtype]) for _ in range(2))
+            forward_backward(fastlm.glu, gate, up, activation=activation)
+
+        return Case(f"ffn-{dtype}-glu-aligned-{activation}", run)
+
+    yield bias_act("gelu", "bf16", 3072)
+    yield bias_act("gelu", "bf16", 3072, dropout_p=0.1, seed=1)
+    yield bias_act("gelu_tanh", "fp16", 3072)
+    yield bias_act("relu", "fp32", 2048)
+    yield glu("silu", "bf16", 11008)
+    yield glu("gelu_tanh", "fp32", 8192)
+
+
+def loss() -> Iterator[Case]:
+    def case(dtype, vocab, label="aligned", **options):
+        def run():
+            logits = tensor(4096, vocab, dtype=DTYPES[dtype])
+            target = tensor(4096, dtype=torch.int64)
+            forward_backward(fastlm.cross_entropy, logits, target, **options)
+
+        return Case(f"loss-{dtype}-{label}-{vocab}", run)
+
+    yield case("bf16", 32768)
+    yield case("fp32", 50304, label_smoothing=0.1, z_loss=1e-4)
+    yield case("fp16", 30522, "odd")

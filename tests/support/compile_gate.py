@@ -1,0 +1,312 @@
+"""Compiles every Triton kernel as its launcher would launch it, for GPUs that are not there.
+
+    python -P tests/support/compile_gate.py --only attention --target sm_90  # print a table
+    python -P tests/support/compile_gate.py --case d64 --asm out             # and keep the PTX
+    python -P tests/support/compile_gate.py --update                         # write the golden one
+
+The public functions of fastlm run on meta tensors, forward and backward, with three things
+replaced: the contracts call their launchers directly, `kernels/configs.py` answers for the target,
+and Triton's `JITFunction.run` compiles without launching. What ptxas (or, on AMD, the assembler's
+metadata) says of registers, spills and shared memory becomes one row for each compiled kernel.
+
+The cases are in compile_cases.py; `--script file.py` takes them from another file of that form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GOLDEN = HERE.parent / "golden" / "kernels.csv"
+CASES = HERE / "compile_cases.py"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU by its limits: shared memory of one block, in bytes, and multiprocessors."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+    multiprocessors: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 108),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 132),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 148),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 304),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One compiled kernel. `spills` and `shared` in bytes (spills on AMD: registers), `load_bits`
+    the widest global load, `dot` the instruction of its matrix products."""
+
+    target: str
+    case: str
+    kernel: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    load_bits: int
+    dot: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.target, self.case, self.kernel
+
+
+def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
+    """Rows and errors of one target's cases, compiled in a process of their own.
+
+    Args:
+        target: a name in `TARGETS`.
+        arguments: command-line options that select cases.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    rows, errors = [], []
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, "-P", __file__, "--worker", "--target", target, *arguments]
+        worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for line in worker.stdout:
+            result = json.loads(line)
+            rows += [Row(**row) for row in result["rows"]]
+            if "error" in result:
+                errors.append(f"{target} {result['case']}: {result['error']}")
+        if worker.wait() != 0:
+            errors.append(f"{target}: the compiling process ended with {worker.returncode}")
+    return rows, errors
+
+
+def read_golden() -> dict[tuple[str, str, str], Row]:
+    with GOLDEN.open(newline="") as file:
+        kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
+        rows = [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+    return {row.key: row for row in rows}
+
+
+def write_golden(rows: list[Row]) -> None:
+    with GOLDEN.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(f.name for f in fields(Row))
+        writer.writerows(astuple(row) for row in sorted(rows))
+
+
+def broken_rules(row: Row) -> Iterator[str]:
+    """What a kernel must keep on its target whatever the golden table says."""
+    target = TARGETS[row.target]
+    family = row.case.split("-")[0]
+    headdim = re.search(r"-d(\d+)", row.case)
+    small = headdim is None or int(headdim[1]) <= 128
+    if row.spills and small and target.backend == "cuda":
+        yield f"spills {row.spills} bytes"
+    if row.shared > target.shared:
+        yield f"needs {row.shared} bytes of shared memory, {row.target} has {target.shared}"
+    if row.warps * target.warp_size > 1024:
+        yield f"has {row.warps * target.warp_size} threads"
+    half = "-bf16" in row.case or "-fp16" in row.case
+    if row.target == "sm_90" and half and row.dot == "mma":
+        yield "multiplies with mma.sync instead of wgmma"
+    if "-aligned" in row.case and target.backend == "cuda" and 0 < row.load_bits < 128:
+        yield f"loads at most {row.load_bits} bits at a time in {family}"
+
+
+# From here on: the worker process, which alone imports torch, triton and fastlm.
+
+
+def _pretend(name: str) -> None:
+    """Points Triton, the configurations and the contracts at a target; once in a process."""
+    spec = importlib.util.find_spec("fastlm")
+    path = Path(spec.origin).parent / "ops" / "_library.py"
+    spec = importlib.util.spec_from_file_location("fastlm.ops._library", path)
+    library = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    # Meta tensors would reach the contracts' fakes; without registration they reach the launchers.
+    library.contract = lambda fake: lambda launch: launch
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from fastlm import backends
+    from fastlm.kernels import configs
+
+    target = TARGETS[name]
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget(target.backend, target.arch, target.warp_size)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    configs.target = lambda device: name
+    configs.multiprocessors = lambda device: target.multiprocessors
+    backends._unavailable = lambda impl, device: None
+
+
+class Recorder:
+    """Compiles what the cases of one target launch, and describes it."""
+
+    def __init__(self, target: str, asm: Path | None = None):
+        from triton.runtime.jit import JITFunction
+
+        self.target, self.asm = target, asm
+        self.rows: list[Row] = []
+        self.case = ""
+        self._logs: dict[str, str] = {}  # a kernel that is compiled already prints no log again
+        self._seen: dict[str, list[str]] = {}
+        self._compile = JITFunction.run
+        JITFunction.run = lambda fn, *args, **kwargs: self._run(fn, *args, **kwargs)
+
+    def record(self, case) -> list[Row]:
+        self.rows, self.case, self._seen = [], case.name, {}
+        case.run()
+        assert self.rows, f"{case.name} launched no kernel"
+        return self.rows
+
+    def _run(self, fn, *args, grid, warmup, **kwargs):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = self._compile(fn, *args, grid=grid, warmup=True, **kwargs)
+        self._logs.setdefault(kernel.hash, log.getvalue())
+        seen = self._seen.setdefault(fn.__name__, [])
+        if kernel.hash not in seen:
+            seen.append(kernel.hash)
+            name = fn.__name__.strip("_") + (f"#{len(seen)}" if len(seen) > 1 else "")
+            self.rows.append(self._describe(name, kernel))
+            if self.asm:
+                self._write(name, kernel)
+        return kernel
+
+    def _describe(self, name: str, kernel) -> Row:
+        meta = kernel.metadata
+        read = _nvidia_resources if "ptx" in kernel.asm else _amd_resources
+        registers, spills, load_bits, dot = read(kernel.asm, self._logs[kernel.hash])
+        where = self.target, self.case, name, meta.num_warps
+        return Row(*where, registers, spills, meta.shared, load_bits, dot)
+
+    def _write(self, name: str, kernel) -> None:
+        self.asm.mkdir(parents=True, exist_ok=True)
+        for kind in ("ttgir", "ptx", "amdgcn"):
+            if kind in kernel.asm:
+                file = self.asm / f"{self.target}.{self.case}.{name}.{kind}"
+                file.write_text(kernel.asm[kind])
+
+
+def _nvidia_resources(asm, log: str) -> tuple[int, int, int, str]:
+    ptx = asm["ptx"]
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    loads = re.findall(r"ld\.global(?:\.[a-z_0-9:]+?)*?(?:\.v(\d))?\.[busf](\d+)\s", ptx)
+    widths = [int(vector or 1) * int(bits) for vector, bits in loads]
+    if "cp.async.cg" in ptx or "cp.async.bulk" in ptx:  # 16 bytes, and whole tiles
+        widths.append(128)
+    dots = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
+    return registers, spills, max(widths, default=0), _first(dots, ptx)
+
+
+def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
+    text = asm["amdgcn"]
+    count = {key: int(n) for key, n in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+    spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
+    loads = re.findall(r"(?:global|buffer)_load_(\w+)", text)
+    words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+    load_bits = max((words.get(load, 16) for load in loads), default=0)
+    return count["vgpr_count"], spills, load_bits, _first({"v_mfma": "mfma"}, text)
+
+
+def _first(names: dict[str, str], text: str) -> str:
+    return next((short for name, short in names.items() if name in text), "")
+
+
+def _work(options) -> None:
+    """Prints one line of JSON for each case: its name, rows and, where it failed, the error."""
+    _pretend(options.target)
+    recorder = Recorder(options.target, options.asm)
+    for case in runpy.run_path(str(options.script))["cases"]():
+        if options.only and case.name.split("-")[0] != options.only:
+            continue
+        if options.case not in case.name or options.target not in (case.targets or TARGETS):
+            continue
+        result = {"case": case.name, "rows": []}
+        try:
+            result["rows"] = [asdict(row) for row in recorder.record(case)]
+        except Exception as error:  # report the others too
+            result["error"] = f"{type(error).__name__}: {error}"
+            if options.traceback:
+                raise
+        print(json.dumps(result), flush=True)
+
+
+def _print_table(rows: list[Row]) -> None:
+    cells = [[f.name for f in fields(Row)], *([str(v) for v in astuple(r)] for r in sorted(rows))]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row, source in zip(cells, [None, *sorted(rows)], strict=True):
+        broken = "; ".join(broken_rules(source)) if source else ""
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(line, f"<- {broken}" if broken else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=TARGETS, help="one target (default: all)")
+    parser.add_argument("--only", default="", help="one family: norm, attention, ffn, loss, ...")
+    parser.add_argument("--case", default="", help="cases whose name contains this")
+    parser.add_argument("--script", type=Path, default=CASES, help="where the cases are")
+    parser.add_argument(
+        "--asm", type=Path, help="write ttgir and ptx or amdgcn of each kernel here"
+    )
+    parser.add_argument("--update", action="store_true", help="rewrite the golden table")
+    parser.add_argument("--traceback", action="store_true", help="stop at the first error")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        _work(options)
+        return 0
+    if options.update and (options.target or options.only or options.case):
+        parser.error("--update takes all targets and cases")
+    passed = [f"--only={options.only}", f"--case={options.case}", f"--script={options.script}"]
+    passed += [f"--asm={options.asm}"] if options.asm else []
+    passed += ["--traceback"] if options.traceback else []
+    start = time.monotonic()
+    names = [options.target] if options.target else list(TARGETS)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda name: compile_target(name, *passed), names))
+    rows = [row for result in results for row in result[0]]
+    errors = [error for result in results for error in result[1]]
+    _print_table(rows)
+    print(*errors, sep="\n")
+    print(f"{len(rows)} kernels, {len(errors)} errors, {time.monotonic() - start:.0f} s")
+    if options.update and not errors:
+        write_golden(rows)
+    return 1 if errors or any(True for row in rows for _ in broken_rules(row)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
