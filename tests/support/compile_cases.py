@@ -45,28 +45,30 @@ def cases() -> Iterator[Case]:
 
 
 def norm() -> Iterator[Case]:
-    def case(label, fn, rows, cols, dtype, params=None, residual=False, **options):
+    def case(label, rows, cols, dtype, params=None, residual=False, **options):
         def run():
             x = tensor(rows, cols, dtype=DTYPES[dtype])
             weights = [tensor(cols, dtype=params or DTYPES[dtype])]
-            weights += [tensor(cols, dtype=params or DTYPES[dtype])] if "layer" in label else []
+            fn = fastlm.rms_norm
+            if label.startswith("layer"):
+                fn = fastlm.layer_norm
+                weights.append(tensor(cols, dtype=params or DTYPES[dtype]))
             if residual:
                 options["residual"] = tensor(rows, cols, dtype=DTYPES[dtype])
             forward_backward(fn, x, *weights, **options)
 
         return Case(f"norm-{dtype}-{label}-{cols}", run)
 
-    ln, rms = fastlm.layer_norm, fastlm.rms_norm
-    yield case("layer-aligned", ln, 4096, 768, "bf16")
-    yield case("layer-aligned", ln, 4096, 1024, "fp32")
-    yield case("layer-odd", ln, 4096, 1001, "fp16")
-    yield case("layer-mixed-aligned", ln, 4096, 768, "bf16", params=torch.float32)
+    yield case("layer-aligned", 4096, 768, "bf16")
+    yield case("layer-aligned", 4096, 1024, "fp32")
+    yield case("layer-odd", 4096, 1001, "fp16")
+    yield case("layer-mixed-aligned", 4096, 768, "bf16", params=torch.float32)
     block = {"residual": True, "dropout_p": 0.1, "seed": 1, "prenorm": True}
-    yield case("layer-block-aligned", ln, 4096, 1024, "bf16", **block)
-    yield case("layer-wide-aligned", ln, 512, 65536, "bf16")
-    yield case("rms-aligned", rms, 4096, 4096, "bf16")
-    yield case("rms-gemma-aligned", rms, 4096, 2048, "fp16", casting="gemma")
-    yield case("rms-llama-aligned", rms, 4096, 4096, "bf16", casting="llama", residual=True)
+    yield case("layer-block-aligned", 4096, 1024, "bf16", **block)
+    yield case("layer-wide-aligned", 512, 65536, "bf16")
+    yield case("rms-aligned", 4096, 4096, "bf16")
+    yield case("rms-gemma-aligned", 4096, 2048, "fp16", casting="gemma")
+    yield case("rms-llama-aligned", 4096, 4096, "bf16", casting="llama", residual=True)
 
 
 def attention() -> Iterator[Case]:
