@@ -1,0 +1,92 @@
+"""Every Triton kernel compiles for every target, within its registers and shared memory.
+
+The golden table depends on triton's version, which the test requirements pin. After a change of a
+kernel or a configuration: `python -P tests/support/compile_gate.py --update`, and review the diff.
+"""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import compile_gate
+import pytest
+from compile_gate import Row, broken_rules, read_golden
+
+UPDATE = "python -P tests/support/compile_gate.py --update"
+
+
+@pytest.mark.parametrize("target", compile_gate.TARGETS)
+def test_compile_for(target):
+    rows, problems = compile_gate.compile_target(target)
+    problems += [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
+    golden = {key: row for key, row in read_golden().items() if key[0] == target}
+    for row in rows:
+        if row != golden.pop(row.key, None):
+            problems.append(f"differs from the golden table ({UPDATE}): {row}")
+    problems += [f"only in the golden table ({UPDATE}): {key}" for key in golden]
+    assert rows and not problems, "\n".join(problems)
+
+
+def test_compile_covers_every_kernel():
+    covered = {kernel.split("#")[0] for _, _, kernel in read_golden()}
+    kernels = Path(find_spec("fastlm.kernels").origin).parent
+    names = {
+        node.name.strip("_")
+        for file in kernels.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert names and names == covered
+
+
+def _row(**changes) -> Row:
+    row = {
+        "target": "sm_90", "case": "attention-bf16-d128-full", "kernel": "k", "warps": 8,
+        "registers": 255, "spills": 0, "shared": 1000, "load_bits": 128, "dot": "wgmma",
+    }  # fmt: skip
+    return Row(**{**row, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({}, None),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"spills": 8, "case": "attention-bf16-d256-full"}, None),
+        ({"spills": 8, "case": "norm-bf16-odd"}, "spills 8 bytes"),
+        ({"shared": 232449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
+        ({"target": "gfx942", "warps": 32}, "has 2048 threads"),
+        ({"dot": "mma"}, "multiplies with mma.sync instead of wgmma"),
+        ({"dot": "mma", "case": "attention-fp32-d64"}, None),
+        ({"case": "norm-bf16-aligned", "load_bits": 32}, "loads 32 bits at a time"),
+        ({"case": "norm-bf16-odd", "load_bits": 16}, None),
+    ],
+)
+def test_compile_rules(changes, rule):
+    broken = list(broken_rules(_row(**changes)))
+    assert len(broken) == (rule is not None)
+    assert not broken or broken[0].startswith(rule)
+
+
+def test_compile_reports_a_broken_kernel(tmp_path):
+    """A kernel that does not compile is an error of its case, and the other cases go on."""
+    script = tmp_path / "cases.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(compile_gate.HERE)!r})\n"
+        "import torch, triton, triton.language as tl\n"
+        "from compile_cases import Case, tensor\n"
+        "@triton.jit\n"
+        "def _good_kernel(x_ptr, N: tl.constexpr):\n"
+        "    tl.store(x_ptr + tl.arange(0, N), 0.0)\n"
+        "@triton.jit\n"
+        "def _bad_kernel(x_ptr, N: tl.constexpr):\n"
+        "    tl.store(x_ptr + tl.arange(0, N), undefined)\n"
+        "def cases():\n"
+        "    for fn in (_bad_kernel, _good_kernel):\n"
+        "        yield Case(fn.__name__, lambda fn=fn: fn[(1,)](tensor(64), N=64))\n"
+        "    yield Case('nothing', lambda: None)\n"
+    )
+    rows, errors = compile_gate.compile_target("sm_90", f"--script={script}")
+    assert [row.kernel for row in rows] == ["good_kernel"]
+    assert len(errors) == 2 and "undefined" in errors[0]
+    assert errors[1] == "sm_90 nothing: AssertionError: nothing launched no kernel"
