@@ -60,6 +60,9 @@ def assert_close(
     assert actual.dtype == same_dtype.dtype, f"{name}: {actual.dtype}, want {same_dtype.dtype}"
     assert actual.shape == gold.shape, f"{name}: {tuple(actual.shape)}, want {tuple(gold.shape)}"
     result = measure(name, actual, same_dtype, gold)
+    assert result.bound < float("inf"), (  # also where gold is NaN: then anything would pass
+        f"{name}: no bound, since the reference is not finite in {actual.dtype} or in fp64"
+    )
     if not result.error <= result.bound:  # NaN must fail
         off = (actual.detach().double() - gold.detach().double()).abs().nan_to_num(float("inf"))
         worst = tuple(i.item() for i in torch.unravel_index(off.argmax(), off.shape))
@@ -102,7 +105,8 @@ def check_against_reference(
     ]
     for name in gold_grads:
         grads = actual_grads[name], same_grads[name], gold_grads[name]
-        assert all(g is not None for g in grads), f"grad of {name} is None in {grads}"
+        assert grads[1] is not None, f"d{name}: the reference has no gradient; freeze {name}"
+        assert grads[0] is not None, f"d{name}: None, want a gradient"
         assert grads[0].dtype == tensors[name].dtype
         errors.append(assert_close(f"d{name}", *grads))
     return errors

@@ -24,11 +24,11 @@ if not HAS_GPU:
 
 
 def pytest_collection_modifyitems(config, items):
-    if not HAS_GPU:
-        gpu = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        if gpu:
-            config.hook.pytest_deselected(items=gpu)
+    marker = "interpreter" if HAS_GPU else "gpu"
+    other = [item for item in items if item.get_closest_marker(marker)]
+    if other:
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        config.hook.pytest_deselected(items=other)
 
 
 @pytest.fixture(autouse=True)
