@@ -30,7 +30,9 @@ class Error:
     @property
     def ratio(self) -> float:
         """Error over its bound: above 1 fails."""
-        return self.error / self.bound if self.bound > 0 else float(self.error > 0) * float("inf")
+        if self.bound > 0:
+            return self.error / self.bound
+        return float("inf") if self.error > 0 else 0.0
 
 
 def measure(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, gold: torch.Tensor) -> Error:
@@ -48,9 +50,7 @@ def measure(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, gold: tor
 
     eps = torch.finfo(actual.dtype).eps
     reference_error = distance(same_dtype)
-    return Error(
-        name, distance(actual), reference_error, 2 * (reference_error + eps * gold_max)
-    )
+    return Error(name, distance(actual), reference_error, 2 * (reference_error + eps * gold_max))
 
 
 def assert_close(
@@ -127,9 +127,7 @@ def _run(fn, tensors, frozen, dtype, backward, grad_seed, options):
     wrt = {n: x for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     generator = torch.Generator().manual_seed(grad_seed)
     used = [y for y in outputs if y.requires_grad]
-    incoming = [
-        torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in used
-    ]
+    incoming = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in used]
     grads = torch.autograd.grad(used, list(wrt.values()), incoming, allow_unused=True)
     return outputs, dict(zip(wrt, grads, strict=True))
 

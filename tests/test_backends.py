@@ -1,0 +1,129 @@
+"""The choice of a backend, and what it says when there is none."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import backends
+from fastlm.backends import Explanation, choose, supports_all
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def refuses_odd(n):
+    return "does not take odd numbers" if n % 2 else None
+
+
+TABLE = {"triton": refuses_odd, "torch": supports_all}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A machine on which every backend's requirements are met."""
+    monkeypatch.setattr(backends, "_unavailable", lambda impl, device: None)
+
+
+def test_choose_takes_the_first_that_does_not_refuse(fake_gpu):
+    assert choose("op", None, TABLE, GPU, 2) == "triton"
+    assert choose("op", None, TABLE, GPU, 3) == "torch"
+    assert choose("op", "torch", TABLE, GPU, 2) == "torch"
+
+
+def test_choose_gives_torch_on_cpu_tensors():
+    assert choose("op", None, TABLE, CPU, 2) == "torch"
+
+
+def test_explicit_impl_never_falls_back(fake_gpu):
+    message = "op: impl='triton' does not take odd numbers; use impl='torch'"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        choose("op", "triton", TABLE, GPU, 3)
+
+
+def test_impl_without_a_kernel():
+    message = "op: fastlm has no cuda kernel for op; use impl='torch'"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        choose("op", "cuda", TABLE, CPU, 2)
+
+
+def test_impl_that_this_device_cannot_run(monkeypatch):
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    message = (
+        "op: impl must be available, got 'triton': its kernels run on a GPU, the inputs are on cpu"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        choose("op", "triton", TABLE, CPU, 2)
+
+
+def test_impl_without_triton_names_the_command(monkeypatch):
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    message = "op: impl must be available, got 'triton': triton is not installed (pip install"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        choose("op", "triton", TABLE, GPU, 2)
+    assert choose("op", None, TABLE, GPU, 2) == "torch"
+
+
+@pytest.mark.parametrize("impl", ["Triton", "", 3, "auto"])
+def test_unknown_impl(impl):
+    message = f"op: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        choose("op", impl, TABLE, CPU, 2)
+
+
+def test_explanation_names_every_backend(fake_gpu):
+    with pytest.raises(backends._Explained) as result:
+        choose("op", backends._Probe(), TABLE, GPU, 3)
+    assert str(result.value.explanation) == (
+        "op: torch\n"
+        "  cuda   fastlm has no cuda kernel for op\n"
+        "  triton does not take odd numbers\n"
+        "  torch  chosen"
+    )
+
+
+def test_explanation_without_a_backend():
+    assert (
+        str(Explanation("op", None, {"cuda": "is not built"}))
+        == "op: no backend\n  cuda   is not built"
+    )
+
+
+def test_explain_an_operator(monkeypatch):
+    x = torch.randn(2, 8)
+    result = fastlm.explain("layer_norm", x)
+    assert (result.op, result.chosen) == ("layer_norm", "torch")
+    assert result.reasons["triton"] == "its kernels run on a GPU, the inputs are on cpu"
+    assert result.reasons["torch"] is None
+    assert fastlm.explain(fastlm.layer_norm, x, impl="triton") == result
+
+
+def test_explain_computes_nothing(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", never)
+    assert fastlm.explain("layer_norm", torch.randn(2, 8)).chosen == "torch"
+
+
+def test_explain_checks_like_the_call():
+    with pytest.raises(ValueError, match="^layer_norm: weight must have shape"):
+        fastlm.explain("layer_norm", torch.randn(2, 8), torch.randn(7))
+
+
+def test_explain_of_something_else():
+    with pytest.raises(ValueError, match="^explain: op must be one of .*, got 'softmax'$"):
+        fastlm.explain("softmax")
+    with pytest.raises(ValueError, match="^explain: op must be an operator that takes impl, got"):
+        fastlm.explain(lambda x, impl: x, torch.randn(1))
+
+
+OPERATORS_WITHOUT_IMPL = {"RelativeBias", "scaled_dot_product_attention"}
+
+
+@pytest.mark.parametrize("name", sorted(set(fastlm.ops.__all__) - OPERATORS_WITHOUT_IMPL))
+def test_every_operator_takes_impl_last(name):
+    parameters = list(inspect.signature(getattr(fastlm, name)).parameters.values())
+    assert parameters[-1].name == "impl" and parameters[-1].default is None
+    assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
