@@ -7,6 +7,7 @@ depend on timing. `benchmarks/tune.py` prints rows for these tables.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def dropout_args(p: float) -> tuple[int, float]:
+    """(threshold, scale) of Philox dropout, as `fastlm.reference.dropout` defines them."""
+    return min(round(p * 2**32), 0xFFFFFFFF), 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """A tile of `block_m` rows by `block_n` columns; rows wider than `block_n` are looped over."""
@@ -48,12 +54,83 @@ class RowConfig:
     num_warps: int
 
 
-# Widest row that stays in registers: 64 fp32 values a thread at 4 warps, 16 at 16.
-_WIDEST_TILE = 8192
+# Widest row that stays in registers: 32 fp32 values a thread at 8 warps.
+WIDEST_ROW = 8192
 
 
 def row_config(cols: int) -> RowConfig:
     """Row-wise kernels (norm, loss): about 4,096 elements a program, at least one row."""
-    block_n = min(max(next_power_of_2(cols), 16), _WIDEST_TILE)
+    block_n = min(max(next_power_of_2(cols), 16), WIDEST_ROW)
     block_m = max(1, min(4096 // block_n, 32))
-    return RowConfig(block_m, block_n, 4 if block_n <= 2048 else 8)
+    return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
+
+
+def tile_config(cols: int, elements: int) -> RowConfig:
+    """Elementwise kernels: tiles of about `elements`, of the width that pads rows least."""
+    block_n = min((1024, 512, 256, 128), key=lambda n: ceil_div(cols, n) * n)  # widest of equals
+    if cols < 128:
+        block_n = max(next_power_of_2(cols), 16)
+    return RowConfig(max(1, elements // block_n), block_n, 4)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: for fp32, what `torch.get_float32_matmul_precision()` asks."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """(unit, strides): strides of all dimensions but the last, in units of `unit` elements.
+
+    A kernel that multiplies them by the constexpr `unit`, at most 16 bytes, may load whole units at
+    once, without a variant for every combination of divisible and other strides. Strides of
+    dimensions of size 1 are 0: they mean nothing.
+    """
+    strides = [
+        stride if size > 1 else 0
+        for x in tensors
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ]
+    unit = math.gcd(16 // tensors[0].element_size(), *strides)
+    return unit, [stride // unit for stride in strides]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of `block_m` queries and `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+_CPU = AttentionConfig(32, 16, 4, 1)
+_T = AttentionConfig
+
+_ATTENTION = {}
+
+
+def attention_config(
+    which: str, device: torch.device, headdim: int, itemsize: int
+) -> AttentionConfig:
+    name = target(device)
+    if name == "cpu":
+        return _CPU
+    block_d = max(next_power_of_2(headdim), 16)
+    return _ATTENTION[name, which, itemsize, block_d]
+
+
+def attention_section(device: torch.device, causal: str, head_bytes: int, heads: int) -> int:
+    if causal == "none":
+        return 1
+    return max(1, min(heads, 16384 // head_bytes))

@@ -1,3 +1,8 @@
 """The public functions: check, choose a backend, run an autograd.Function over registered contracts."""
 
-__all__ = []
+from fastlm.ops.norm import layer_norm, rms_norm
+
+__all__ = [
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. They read metadata only and raise one clear error.
+"""Argument checks of the public functions: they read metadata only and raise one clear error.
 
 Messages: `"{op}: {arg} must {be|have|match} {constraint}, got {value}"`.
 """
@@ -63,13 +63,22 @@ def make_seed(op: str, seed, dropout_p: float, device: torch.device) -> torch.Te
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise fail(op, "seed", "be an int or an int64 tensor of one element",
-                       f"{seed.dtype} of shape {tuple(seed.shape)}")
+            raise fail(
+                op,
+                "seed",
+                "be an int or an int64 tensor of one element",
+                f"{seed.dtype} of shape {tuple(seed.shape)}",
+            )
         require_device(op, "seed", seed, device)
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise fail(op, "seed", "be an int or an int64 tensor of one element",
-                   type(seed).__name__, TypeError)
+        raise fail(
+            op,
+            "seed",
+            "be an int or an int64 tensor of one element",
+            type(seed).__name__,
+            TypeError,
+        )
     if not -(2**63) <= seed < 2**64:
         raise fail(op, "seed", "be a 64-bit integer", seed)
     # Wrap unsigned values: only the 64 bits matter.

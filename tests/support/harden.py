@@ -1,8 +1,9 @@
 """Turns Triton's interpreter into a checker.
 
-Stock, `TRITON_INTERPRET=1` multiplies bf16 bit patterns in `tl.dot`, accepts out-of-bounds accesses,
-dies of int32 offset overflow, and reads 0 where a masked load without `other=` reads anything on a
-GPU. After `install()` these give the right product, raise, raise, and read NaN bits.
+Stock, `TRITON_INTERPRET=1` multiplies bf16 bit patterns in `tl.dot`, truncates casts to bf16,
+accepts out-of-bounds accesses, dies of int32 offset overflow, and reads 0 where a masked load
+without `other=` reads anything on a GPU. After `install()` these give the right product, round to nearest
+even, raise, raise, and read NaN bits.
 
 It replaces private functions of triton.runtime.interpreter, so the tests pin triton's version.
 """
@@ -28,6 +29,7 @@ def install() -> None:
     builder.options = dataclasses.replace(builder.options, debug=True)  # int32 overflow checks
     _check_accesses(builder)
     _widen_dot(builder)
+    _round_casts(builder)
     _record_ranges(interpreter.GridExecutor)
 
 
@@ -70,6 +72,25 @@ def _widen_dot(builder) -> None:
         return dot(_bf16_to_fp32(a), _bf16_to_fp32(b), acc, *rest)
 
     builder.create_dot = widened
+
+
+def _round_casts(builder) -> None:
+    cast, fp_to_fp = builder.create_fp_trunc, builder.create_fp_to_fp
+
+    def rounded(src, dst_type, *mode):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if target == tl.bfloat16 and source in (tl.float16, tl.float32, tl.float64):
+            return interpreter.TensorHandle(_to_bf16_bits(src.data), tl.bfloat16)
+        return fp_to_fp(src, dst_type, *mode) if mode else cast(src, dst_type)
+
+    builder.create_fp_trunc = builder.create_fp_to_fp = rounded
+
+
+def _to_bf16_bits(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).reshape(x.shape)
+    nearest_even = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(x), quiet_nan, nearest_even).astype(np.uint16)
 
 
 def _bf16_to_fp32(handle):

@@ -1,0 +1,273 @@
+"""LayerNorm and RMSNorm, with dropout and residual add before them, as differentiable operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fastlm.backends import Impl, choose, supports_all
+from fastlm.ops._check import (
+    fail,
+    make_seed,
+    require_choice,
+    require_device,
+    require_float,
+    require_probability,
+    require_shape,
+)
+from fastlm.ops._library import contract
+from fastlm.reference import norm as reference
+
+CASTINGS = ("torch", "llama", "gemma")
+
+
+def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z):
+    rows, cols = x.shape
+    z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return (
+        x.new_empty((rows, cols), dtype=out_dtype),
+        x.new_empty((rows, cols) if keep_z else (0,), dtype=z_dtype),
+        x.new_empty(rows if kind == "layer" else 0, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@contract(_norm_fwd_fake)
+def norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    kind: str,
+    out_dtype: torch.dtype,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import norm
+
+    return norm.norm_fwd(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z)
+
+
+def _norm_bwd_fake(
+    dy, dz, z, weight, mean, rstd, seed, dropout_p, kind, dz_dtype, dx_dtype, dweight_dtype,
+    dbias_dtype,
+):  # fmt: skip
+    new = lambda shape, dtype: z.new_empty(
+        (0,) if dtype is None else shape, dtype=dtype or torch.float32
+    )
+    cols = z.shape[1]
+    return (
+        new(z.shape, dz_dtype),
+        new(z.shape, dx_dtype),
+        new((cols,), dweight_dtype),
+        new((cols,), dbias_dtype),
+    )
+
+
+@contract(_norm_bwd_fake)
+def norm_bwd(
+    dy: torch.Tensor,
+    dz: torch.Tensor | None,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    kind: str,
+    dz_dtype: torch.dtype | None,
+    dx_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import norm
+
+    return norm.norm_bwd(
+        dy, dz, z, weight, mean, rstd, seed, dropout_p, kind, dz_dtype, dx_dtype, dweight_dtype,
+        dbias_dtype,
+    )  # fmt: skip
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """As (rows, cols) with last stride 1; a view wherever one exists."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Norm(torch.autograd.Function):
+    """(x, residual) -> (y, z); z is None where it is x itself or nobody needs it."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z):
+        flat = _rows(x)
+        y, z, mean, rstd = norm_fwd(
+            flat, _rows(residual), weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z
+        )
+        ctx.set_materialize_grads(False)
+        ctx.dropout_p, ctx.kind = dropout_p, kind
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+        z_out = z.view(x.shape) if keep_z else None
+        ctx.save_for_backward(z_out if keep_z else x, weight, mean, rstd, seed)
+        return y.view(x.shape), z_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dz):
+        z, weight, mean, rstd, seed = ctx.saved_tensors
+        need = ctx.needs_input_grad[:4]
+        wanted = [t if n else None for t, n in zip(ctx.dtypes, need, strict=True)]
+        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = wanted
+        if dx_dtype == dresidual_dtype and seed is None:
+            dx_dtype = None  # one buffer serves both
+        if dy is None:
+            dy = torch.zeros_like(z)
+        dz, dx, dweight, dbias = norm_bwd(
+            _rows(dy), _rows(dz), _rows(z), weight, mean, rstd, seed, ctx.dropout_p, ctx.kind,
+            dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
+        )  # fmt: skip
+        dresidual = dz.view(z.shape) if need[1] else None
+        dx = (dresidual if dx_dtype is None else dx.view(z.shape)) if need[0] else None
+        dweight = dweight if need[2] else None
+        dbias = dbias if need[3] else None
+        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    prenorm: bool = False,
+    impl: Impl | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm of `z = residual + dropout(x)` over the last dimension.
+
+    Args:
+        x: (..., cols), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
+        weight, bias: (cols,), any floating dtype; None leaves the scale or the shift out.
+        eps: added to the variance.
+        residual: as x, any floating dtype; z has the wider dtype of the two.
+        dropout_p: probability of dropping an element of x before the add.
+        seed: of the dropout mask; None draws one from torch's generator.
+        prenorm: return z as well, for the next residual add.
+        impl: the backend; None chooses (see `fastlm.explain`).
+
+    Returns:
+        y as x, in x's dtype (fp32 under CUDA autocast, as torch); with `prenorm` (y, z).
+        Differentiable in x, weight, bias and residual, through y and z.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or probabilities that do not fit.
+
+    Source: Ba et al., "Layer Normalization", arXiv:1607.06450.
+    """
+    _check_norm("layer_norm", x, weight, bias, residual, dropout_p)
+    return _norm(
+        "layer_norm", x, weight, bias, eps, residual, dropout_p, seed, prenorm, "layer", impl
+    )
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    prenorm: bool = False,
+    casting: str = "torch",
+    impl: Impl | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of `z = residual + dropout(x)` over the last dimension.
+
+    Args:
+        casting: where rounding to x's dtype happens: "torch", after the product with weight, as
+            `torch.nn.RMSNorm`; "llama", before it, as Hugging Face's LlamaRMSNorm (y then has the
+            wider dtype of x and weight); "gemma", after the product with 1 + weight.
+
+    The other arguments, what is returned, what is differentiable and the errors are `layer_norm`'s.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    _check_norm("rms_norm", x, weight, None, residual, dropout_p)
+    require_choice("rms_norm", "casting", casting, CASTINGS)
+    kind = "rms" if casting == "torch" else f"rms_{casting}"
+    return _norm("rms_norm", x, weight, None, eps, residual, dropout_p, seed, prenorm, kind, impl)
+
+
+def _check_norm(op, x, weight, bias, residual, dropout_p) -> None:
+    require_float(op, "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise fail(op, "x", "have at least one column in its last dimension", tuple(x.shape))
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            require_float(op, name, vector)
+            require_shape(op, name, vector, (x.shape[-1],), "(cols,)")
+            require_device(op, name, vector, x.device)
+    if residual is not None:
+        require_float(op, "residual", residual)
+        require_shape(op, "residual", residual, x.shape, "of x")
+        require_device(op, "residual", residual, x.device)
+    require_probability(op, "dropout_p", dropout_p)
+
+
+def _triton_refuses(x, weight, bias, residual) -> str | None:
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is not None and t.dtype == torch.float64:
+            return f"computes in fp32 and does not take a float64 {name}"
+    return None
+
+
+# Triton first: one pass over memory where torch composes three. Not measured on a GPU yet.
+_BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
+
+
+def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, impl):
+    seed = make_seed(op, seed, dropout_p, x.device)
+    backend = choose(op, impl, _BACKENDS, x.device, x, weight, bias, residual)
+    out_dtype = x.dtype
+    if kind == "rms_llama" and weight is not None:
+        out_dtype = torch.promote_types(x.dtype, weight.dtype)
+    elif x.is_cuda and torch.is_autocast_enabled("cuda") and kind in ("layer", "rms"):
+        out_dtype = torch.float32  # torch's autocast runs these norms in fp32 on CUDA alone
+    if backend == "torch":
+        y, z = _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype)
+        return (y, z) if prenorm else y
+    has_z = residual is not None or seed is not None
+    inputs = (x, residual, weight, bias)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, z = _Norm.apply(
+        x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
+        has_z and (prenorm or trains),
+    )  # fmt: skip
+    return (y, z if has_z else x) if prenorm else y
+
+
+def _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype):
+    """(y, z) by torch's fused norm where its semantics are ours, else by the reference."""
+    z = reference.add_residual(x, residual, dropout_p, seed)
+    one_dtype = all(t is None or t.dtype == out_dtype for t in (x, residual, weight, bias))
+    # On CPU torch adds up the weight gradient of half inputs in half, and forms xhat as
+    # x * rstd - mean * rstd, which leaves noise in a row of one column: both miss the oracle.
+    accurate = x.is_cuda or (x.dtype not in (torch.float16, torch.bfloat16) and x.shape[-1] > 1)
+    if one_dtype and accurate:
+        if kind == "layer":
+            return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
+        if kind == "rms":
+            return F.rms_norm(z, z.shape[-1:], weight, eps), z
+    if kind == "layer":
+        y = reference.normalize_layer(z, weight, bias, eps, out_dtype)
+    else:
+        casting = "torch" if kind == "rms" else kind.removeprefix("rms_")
+        y = reference.normalize_rms(z, weight, eps, casting, x.dtype, out_dtype)
+    return y, z

@@ -1,0 +1,318 @@
+"""layer_norm and rms_norm, every backend, against the fp64 reference."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from fastlm.reference import norm as reference
+from fastlm.shapes import NORM_LARGE, NORM_SMALL
+from fastlm.testing import (
+    LAYOUTS,
+    assert_close,
+    check_against_reference,
+    nan_filled_empty,
+    randn,
+    with_layout,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+IMPLS = ["torch", "triton"]
+SEED = 0x1234_5678_9ABC_DEF0
+
+
+def norm_inputs(op, rows, cols, dtype, device, *, residual=False, param_dtype=None):
+    param_dtype = param_dtype or dtype
+    inputs = {
+        "x": randn(rows, cols, dtype=dtype, device=device),
+        "weight": randn(cols, dtype=param_dtype, device=device, seed=1),
+    }
+    if op == "layer_norm":
+        inputs["bias"] = randn(cols, dtype=param_dtype, device=device, seed=2)
+    if residual:
+        inputs["residual"] = randn(rows, cols, dtype=dtype, device=device, seed=3)
+    return inputs
+
+
+def run_oracle(op, impl, inputs, **options):
+    seed = torch.full((), SEED, device=inputs["x"].device) if options.get("dropout_p") else None
+    with nan_filled_empty():
+        return check_against_reference(
+            lambda **kw: getattr(fastlm, op)(**kw, impl=impl),
+            getattr(reference, op),
+            inputs,
+            seed=seed,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SMALL)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_shapes(op, shape, dtype, impl, device):
+    s = NORM_SMALL[shape]
+    run_oracle(op, impl, norm_inputs(op, s.rows, s.cols, dtype, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_LARGE)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_shapes_large(op, shape, dtype, device):
+    s = NORM_LARGE[shape]
+    inputs = norm_inputs(op, s.rows, s.cols, dtype, device, residual=True)
+    run_oracle(op, "triton", inputs, dropout_p=0.1, prenorm=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "residual,dropout_p,prenorm", list(itertools.product([0, 1], [0.0, 0.3], [0, 1]))
+)
+@pytest.mark.parametrize("cols", [36, 8200])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_options(op, cols, residual, dropout_p, prenorm, impl, device):
+    inputs = norm_inputs(op, 5, cols, torch.float32, device, residual=bool(residual))
+    run_oracle(op, impl, inputs, dropout_p=dropout_p, prenorm=bool(prenorm))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("casting", ["torch", "llama", "gemma"])
+def test_rms_norm_castings(casting, param_dtype, dtype, impl, device):
+    inputs = norm_inputs("rms_norm", 6, 40, dtype, device, param_dtype=param_dtype)
+    run_oracle("rms_norm", impl, inputs, casting=casting)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)), ids=str)
+def test_layer_norm_mixed_dtypes(dtypes, impl, device):
+    x, param, residual = dtypes
+    inputs = norm_inputs("layer_norm", 5, 24, x, device, param_dtype=param)
+    inputs["residual"] = randn(5, 24, dtype=residual, device=device, seed=3)
+    run_oracle("layer_norm", impl, inputs, prenorm=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norm_without_weight_and_bias(impl, device):
+    for op, names in (("layer_norm", ("weight", "bias")), ("rms_norm", ("weight",))):
+        inputs = norm_inputs(op, 5, 24, torch.float32, device)
+        run_oracle(op, impl, {**inputs, **dict.fromkeys(names)})
+        if op == "layer_norm":
+            run_oracle(op, impl, {**inputs, "bias": None})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cols", [48, 8200])
+def test_layer_norm_mean_of_ten_thousand_deviations(cols, impl, device):
+    inputs = norm_inputs("layer_norm", 3, cols, torch.float32, device)
+    inputs["x"] = inputs["x"] + 1e4
+    check_against_reference(
+        lambda **kw: fastlm.layer_norm(**kw, impl=impl),
+        lambda x, weight, bias: F.layer_norm(x, (cols,), weight, bias),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_reference_is_torch(dtype):
+    i = norm_inputs("layer_norm", 9, 65, dtype, "cpu")
+    gold = F.layer_norm(i["x"].double(), (65,), i["weight"].double(), i["bias"].double())
+    torch_y = F.layer_norm(i["x"], (65,), i["weight"], i["bias"])
+    assert_close("layer_norm", reference.layer_norm(**i), torch_y, gold)
+    i.pop("bias")
+    gold = F.rms_norm(i["x"].double(), (65,), i["weight"].double(), 1e-6)
+    torch_y = F.rms_norm(i["x"], (65,), i["weight"], 1e-6)
+    assert_close("rms_norm", reference.rms_norm(**i), torch_y, gold)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("casting", ["llama", "gemma"])
+def test_rms_norm_is_bitwise_hugging_face(casting, dtype):
+    if casting == "llama":
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm as Norm
+    else:
+        from transformers.models.gemma.modeling_gemma import GemmaRMSNorm as Norm
+    module = Norm(65).to(dtype)
+    module.weight.data.normal_()
+    x = randn(9, 65, dtype=dtype)
+    y = fastlm.rms_norm(x, module.weight, eps=1e-6, casting=casting)
+    assert torch.equal(y, module(x))
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("op,options", [
+    ("layer_norm", {}), ("rms_norm", {}), ("rms_norm", {"casting": "gemma"}),
+    ("rms_norm", {"casting": "llama"}),
+])  # fmt: skip
+def test_norm_gradcheck(op, options, prenorm):
+    inputs = norm_inputs(op, 3, 5, torch.float64, "cpu", residual=True)
+    names, tensors = zip(*inputs.items(), strict=True)
+    seed = torch.tensor(SEED)
+    fn = lambda *ts: getattr(reference, op)(
+        **dict(zip(names, ts, strict=True)), dropout_p=0.4, seed=seed, prenorm=prenorm, **options
+    )
+    assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", ["x", "residual", "dy"])
+def test_layer_norm_layouts_are_bitwise_equal(what, layout, device):
+    inputs = norm_inputs("layer_norm", 6, 20, torch.float32, device, residual=True)
+    inputs["dy"] = randn(6, 20, device=device, seed=4)
+    if layout == "expanded":
+        inputs[what] = inputs[what][:1].repeat(6, 1)
+
+    def grads(values):
+        dy = values.pop("dy")
+        leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
+        y = fastlm.layer_norm(**leaves, impl="triton")
+        return y, *torch.autograd.grad(y, list(leaves.values()), dy)
+
+    expected = grads(dict(inputs))
+    actual = grads({**inputs, what: with_layout(inputs[what], layout)})
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_layer_norm_expanded_gradient_of_sum(device):
+    x = randn(6, 20, device=device).requires_grad_()
+    fastlm.layer_norm(x, impl="triton").sum().backward()
+    assert x.grad.abs().max() < 1e-5  # the sum of a normalised row does not move
+
+
+def test_layer_norm_twice_and_inputs_unmodified(device):
+    i = norm_inputs("layer_norm", 6, 20, torch.float32, device, residual=True)
+    before = {n: t.clone() for n, t in i.items()}
+    leaves = {n: t.requires_grad_() for n, t in i.items()}
+    dy = randn(6, 20, device=device, seed=4)
+    y = fastlm.layer_norm(**leaves, dropout_p=0.5, seed=SEED, impl="triton")
+    first, second = (
+        torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(leaves[n], before[n]) for n in before)
+    assert torch.equal(dy, randn(6, 20, device=device, seed=4))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+def test_layer_norm_empty_batch(shape, impl, device):
+    x = torch.zeros(shape, device=device, requires_grad=True)
+    weight = torch.ones(8, device=device, requires_grad=True)
+    y = fastlm.layer_norm(x, weight, residual=x, dropout_p=0.1, impl=impl)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and not weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "residual"])
+def test_layer_norm_frozen_inputs(frozen, device):
+    inputs = norm_inputs("layer_norm", 5, 24, torch.float32, device, residual=True)
+    check_against_reference(
+        lambda **kw: fastlm.layer_norm(**kw, impl="triton"),
+        reference.layer_norm,
+        inputs,
+        frozen=(frozen,),
+    )
+
+
+def test_layer_norm_no_grad_saves_nothing(device):
+    inputs = norm_inputs("layer_norm", 5, 24, torch.float32, device, residual=True)
+    inputs["x"].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            y = fastlm.layer_norm(**inputs, impl="triton")
+    assert not saved and not y.requires_grad
+
+
+def test_layer_norm_seed(device):
+    x = torch.ones(64, 32, device=device)
+    masks = [
+        fastlm.layer_norm(x, dropout_p=0.5, seed=s, prenorm=True, impl=impl)[1]
+        for s, impl in ((1, "torch"), (1, "triton"), (2, "triton"))
+    ]
+    assert torch.equal(masks[0], masks[1])  # the same bits on every backend
+    assert not torch.equal(masks[1], masks[2])
+    torch.manual_seed(7)
+    drawn = [fastlm.layer_norm(x, dropout_p=0.5, prenorm=True)[1] for _ in range(2)]
+    torch.manual_seed(7)
+    again = fastlm.layer_norm(x, dropout_p=0.5, prenorm=True)[1]
+    assert torch.equal(drawn[0], again) and not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layer_norm_compiles_fullgraph(dynamic, impl, device):
+    i = norm_inputs("layer_norm", 6, 20, torch.float32, device, residual=True)
+    leaves = [t.requires_grad_() for t in i.values()]
+
+    def fn(x, weight, bias, residual):
+        y, z = fastlm.layer_norm(
+            x, weight, bias, residual=residual, dropout_p=0.25, seed=SEED, prenorm=True, impl=impl
+        )
+        return (y * z).sum()
+
+    expected = torch.autograd.grad(fn(*leaves), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*leaves), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_norm_opcheck(device):
+    x = randn(4, 20, device=device)
+    seed = torch.full((), SEED, device=device)
+    fwd = (x, x, x[0], x[1], seed, 1e-5, 0.5, "layer", torch.float32, True)
+    torch.library.opcheck(torch.ops.fastlm.norm_fwd.default, fwd)
+    y, z, mean, rstd = torch.ops.fastlm.norm_fwd(*fwd)
+    f32 = torch.float32
+    bwd = (y, None, z, x[0], mean, rstd, seed, 0.5, "layer", f32, f32, f32, None)
+    torch.library.opcheck(torch.ops.fastlm.norm_bwd.default, bwd)
+
+
+def test_norm_rows_past_int32_offsets(device):
+    # Three rows 2**30 elements apart: the storage is committed lazily, three pages are touched.
+    big = torch.empty(2**31 + 64, device=device, dtype=torch.float16)
+    x = big.as_strided((3, 64), (2**30, 1))
+    x.copy_(randn(3, 64))
+    assert torch.equal(
+        fastlm.layer_norm(x, impl="triton"), fastlm.layer_norm(x.contiguous(), impl="triton")
+    )
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"x": 1.0}, "layer_norm: x must be a tensor, got float"),
+    ({"x": torch.ones(2, 8, dtype=torch.int32)},
+     "layer_norm: x must have a floating-point dtype, got torch.int32"),
+    ({"x": torch.ones(2, 0)},
+     "layer_norm: x must have at least one column in its last dimension, got (2, 0)"),
+    ({"weight": torch.ones(7)}, "layer_norm: weight must have shape (cols,) = (8,), got (7,)"),
+    ({"bias": torch.ones(8, device="meta")},
+     "layer_norm: bias must be on the device of the first input, cpu, got meta"),
+    ({"residual": torch.ones(3, 8)},
+     "layer_norm: residual must have shape of x = (2, 8), got (3, 8)"),
+    ({"dropout_p": 1.5}, "layer_norm: dropout_p must be a number from 0 to 1, got 1.5"),
+    ({"dropout_p": "a"}, "layer_norm: dropout_p must be a number from 0 to 1, got str"),
+    ({"dropout_p": 0.5, "seed": 1.5},
+     "layer_norm: seed must be an int or an int64 tensor of one element, got float"),
+    ({"impl": "fast"},
+     "layer_norm: impl must be None, 'cuda', 'triton' or 'torch', got 'fast'"),
+    ({"impl": "cuda"},
+     "layer_norm: fastlm has no cuda kernel for layer_norm; use impl='torch'"),
+    ({"x": torch.ones(2, 8).double(), "impl": "triton"},
+     "layer_norm: impl='triton' computes in fp32 and does not take a float64 x; use impl='torch'"),
+])  # fmt: skip
+def test_layer_norm_errors(change, message):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
+        fastlm.layer_norm(**{"x": torch.ones(2, 8), **change})
+
+
+def test_rms_norm_casting_error():
+    with pytest.raises(ValueError, match=re.escape(
+        "rms_norm: casting must be one of 'torch', 'llama', 'gemma', got 'hf'"
+    )):  # fmt: skip
+        fastlm.rms_norm(torch.ones(2, 8), casting="hf")
