@@ -18,7 +18,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def dropout_threshold(p: float) -> int:
-    """Words below this are dropped. At p = 1 one word in 2**32 is not; `dropout_scale` is 0 then."""
+    """Words below this are dropped; at p = 1 one in 2**32 is not, and `dropout_scale` is 0."""
     return min(round(p * 2**32), _MASK)
 
 
@@ -28,7 +28,7 @@ def dropout_scale(p: float) -> float:
 
 
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit values; returns four such tensors."""
+    """Philox4x32-10 on int64 tensors of unsigned 32-bit values; returns four of them."""
     for _ in range(10):
         # The product of two 32-bit numbers wraps in int64, but both of its halves stay right.
         p0, p1 = c0 * _M0, c2 * _M1

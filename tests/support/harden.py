@@ -2,8 +2,8 @@
 
 Stock, `TRITON_INTERPRET=1` multiplies bf16 bit patterns in `tl.dot`, truncates casts to bf16,
 accepts out-of-bounds accesses, dies of int32 offset overflow, and reads 0 where a masked load
-without `other=` reads anything on a GPU. After `install()` these give the right product, round to nearest
-even, raise, raise, and read NaN bits.
+without `other=` reads anything on a GPU. After `install()` these give the right product, round to
+nearest even, raise, raise, and read NaN bits.
 
 It replaces private functions of triton.runtime.interpreter, so the tests pin triton's version.
 """
