@@ -1,0 +1,90 @@
+"""The torch backend of attention: torch's fused function where it can give our semantics.
+
+Torch's CPU kernel knows boolean and additive masks, so every call without softcap, sinks, ALiBi,
+dropout and LSE runs on it. Elsewhere its backward is not deterministic, and the reference runs
+unless the caller allows that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from fastlm.reference import attention as reference
+from fastlm.reference.attention_mask import allowed_pairs, key_distances
+
+# Not F.scaled_dot_product_attention: a user may have pointed that name at fastlm.
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
+_NOT_IN_SDPA = ("alibi_slopes", "softcap", "sinks")
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
+    """The reference's result, contiguous; q, k and v have one dtype and the options are checked."""
+    with without_autocast(q.device):
+        if _fits_sdpa(q, k, options):
+            return _fused(q, k, v, options).contiguous()
+        out = reference.attention(q, k, v, **options)
+    if options["return_lse"]:
+        return out[0].contiguous(), out[1]
+    return out.contiguous()
+
+
+def without_autocast(device: torch.device):
+    """The reference chooses its own dtypes; autocast would lower its fp32 products."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, options: dict) -> bool:
+    bias = options["bias"]
+    if bias is not None:
+        # The fused kernels give no gradient of a bias and take it in q's dtype alone.
+        plain = isinstance(bias, torch.Tensor) and bias.dtype == q.dtype and not bias.requires_grad
+        if not plain:
+            return False
+    return (
+        (q.device.type == "cpu" or not options["deterministic"])
+        and not options["return_lse"]
+        and options["dropout_p"] == 0.0
+        and all(options[name] is None for name in _NOT_IN_SDPA)
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _fused(q, k, v, options: dict) -> torch.Tensor:
+    """`torch_sdpa` on masks that leave no row without a key and no NaN where no pair is allowed."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    causal, bias = options["causal"], options["bias"]
+    only_causal = all(options[name] is None for name in ("window", "mask", "bias", "seqlens_k"))
+    if only_causal and causal == "top_left":
+        k, v = k[:, :seqlen_q], v[:, :seqlen_q]  # no query sees the keys past that
+    if only_causal and (not causal or causal == "top_left" or seqlen_q in (1, seqlen_k)):
+        # torch aligns top-left: the same diagonal for a square, and no mask for one last query.
+        diagonal = bool(causal) and not (causal != "top_left" and seqlen_q == 1)
+        return _sdpa(q, k, v, options, is_causal=diagonal)
+    distance = key_distances(seqlen_q, seqlen_k, causal, None, options["seqlens_k"], q.device)
+    allowed = allowed_pairs(
+        distance, causal, options["window"], options["mask"], bias, None, options["seqlens_k"]
+    )
+    if k.shape[2] != q.shape[2] and allowed.shape[1] > 1:
+        group = q.shape[2] // k.shape[2]  # heads of a group may see different keys
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    alive = allowed.any(-1)[..., None]  # (batch, nheads, seqlen_q, 1)
+    visible = allowed.any(-2).transpose(1, 2)[..., None]  # (batch, seqlen_k, nheads, 1)
+    q = torch.where(alive.transpose(1, 2), q, 0.0)
+    k, v = torch.where(visible, k, 0.0), torch.where(visible, v, 0.0)
+    attend = allowed | ~alive
+    if bias is not None:
+        attend = torch.where(attend, torch.where(alive, bias, 0.0), float("-inf"))
+    return torch.where(alive.transpose(1, 2), _sdpa(q, k, v, options, attn_mask=attend), 0.0)
+
+
+def _sdpa(q, k, v, options: dict, **masking) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch_sdpa(
+        q, k, v, scale=options["softmax_scale"], enable_gqa=k.shape[1] != q.shape[1], **masking
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,86 @@
+"""`torch.nn.functional.scaled_dot_product_attention`, by fastlm's attention."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm.ops._attention_torch import torch_sdpa
+from fastlm.ops._check import fail, require_tensor
+from fastlm.ops.attention import attention_as
+
+_OP = "scaled_dot_product_attention"
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Torch's function, with its signature, layout and semantics, on fastlm's kernels.
+
+    Inputs become views in fastlm's layout and are not copied. What has no such view (nested
+    tensors, more than four dimensions, shapes that do not fit) goes to torch's own function.
+
+    Args:
+        query: (batch, nheads, seqlen_q, headdim), or without nheads, or without both.
+        key, value: as query with their own seqlen, and headdim of value; leading dimensions
+            broadcast. With `enable_gqa`, a number of heads that divides query's.
+        attn_mask: broadcastable to (batch, nheads, seqlen_q, seqlen_k); bool, True = attend, or
+            floating, added to the scores. Differentiable.
+        dropout_p: probability of dropping a probability; the seed is drawn from torch's generator.
+        is_causal: a query sees the keys up to its own index (top-left), whatever the lengths.
+        scale: of the scores; None is headdim ** -0.5.
+
+    Returns:
+        As query, with value's last size. A query that sees no key has 0.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, attn_mask together with is_causal.
+        RuntimeError: shapes that do not fit, from torch.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        require_tensor(_OP, name, x)
+    if is_causal and attn_mask is not None:
+        raise fail(_OP, "attn_mask", "be None with is_causal=True", tuple(attn_mask.shape))
+    tensors = _four_dims(query, key, value, enable_gqa)
+    if tensors is None:
+        return torch_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    dims = query.dim()
+    query, key, value = tensors
+    if attn_mask is not None and attn_mask.dim() == 3 and dims == 3:
+        attn_mask = attn_mask[:, None]
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    out = attention_as(
+        _OP, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None,
+        causal="top_left" if is_causal else False, window=None, softmax_scale=scale,
+        mask=None if additive else attn_mask, bias=attn_mask if additive else None,
+        seqlens_k=None, alibi_slopes=None, softcap=None, sinks=None, dropout_p=dropout_p,
+        seed=None, return_lse=False, deterministic=True,
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    return out if dims == 4 else out.squeeze(1) if dims == 3 else out[0, 0]
+
+
+def _four_dims(query, key, value, enable_gqa: bool) -> list[torch.Tensor] | None:
+    """As views (batch, nheads, seqlen, headdim) with the same batch, and without GQA nheads."""
+    tensors = [query, key, value]
+    dims = query.dim()
+    if not 2 <= dims <= 4 or any(x.is_nested or x.dim() != dims for x in tensors):
+        return None
+    if dims == 2:
+        tensors = [x[None, None] for x in tensors]
+    elif dims == 3:
+        tensors = [x[:, None] for x in tensors]
+    shared = 1 if enable_gqa else 2
+    sizes = [max(x.shape[i] for x in tensors) for i in range(shared)]
+    if any(x.shape[i] not in (1, sizes[i]) for x in tensors for i in range(shared)):
+        return None
+    return [x.expand(*sizes, *x.shape[shared:]) for x in tensors]
