@@ -1,0 +1,324 @@
+"""Cross-entropy of logits, and of a linear head without making its logits, as operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fastlm.backends import Impl, choose, supports_all
+from fastlm.ops._check import (
+    autocast_dtype,
+    fail,
+    require_choice,
+    require_device,
+    require_float,
+    require_probability,
+    require_shape,
+    require_tensor,
+)
+from fastlm.ops._chunked_loss import LinearCrossEntropy
+from fastlm.ops._library import contract
+from fastlm.reference import loss as reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _cross_entropy_fwd_fake(
+    logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap
+):
+    return tuple(logits.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
+
+
+@contract(_cross_entropy_fwd_fake)
+def cross_entropy_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import loss
+
+    return loss.cross_entropy_fwd(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap
+    )
+
+
+def _cross_entropy_bwd_fake(
+    logits, target, class_weight, lse, dloss, ignore_index, label_smoothing, z_loss, softcap
+):
+    return logits.new_empty(logits.shape)
+
+
+@contract(_cross_entropy_bwd_fake)
+def cross_entropy_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    dloss: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    from fastlm.kernels import loss
+
+    return loss.cross_entropy_bwd(
+        logits, target, class_weight, lse, dloss, ignore_index, label_smoothing, z_loss, softcap
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(logits (outer, inner, vocab), target (outer, inner)) -> (loss, row_weight) of every row."""
+
+    @staticmethod
+    def forward(ctx, logits, target, class_weight, *options):
+        loss, lse, row_weight = cross_entropy_fwd(logits, target, class_weight, *options)
+        ctx.save_for_backward(logits, target, class_weight, lse)
+        ctx.options = options
+        ctx.mark_non_differentiable(row_weight)
+        return loss, row_weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        logits, target, class_weight, lse = ctx.saved_tensors
+        dlogits = cross_entropy_bwd(logits, target, class_weight, lse, dloss, *ctx.options)
+        return dlogits, *[None] * (2 + len(ctx.options))
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of integer targets, computed in fp32 whatever the logits' dtype.
+
+    It is `torch.nn.functional.cross_entropy`, with the classes in the last dimension, except that
+    "mean" over nothing (every row ignored, or no row) is 0 with gradient 0, not NaN.
+
+    Args:
+        logits: (..., vocab), fp16, bf16, fp32 (fp64 by the torch backend), any strides; never
+            written to.
+        target: (...), int64 or int32. One that is neither `ignore_index` nor a class is the
+            caller's error, which cannot be seen without waiting for the GPU: the triton backend
+            reads nothing and gives that row's loss and gradient as NaN; the torch backend raises on
+            a CPU and fails a device assertion on a GPU.
+        class_weight: (vocab,), any floating dtype, without a gradient. A row's loss is multiplied
+            by its target's weight (in label smoothing each class by its own, as torch does), and
+            "mean" divides by the sum of the targets' weights.
+        ignore_index: rows with this target have loss 0 and gradient 0, and are not in the mean.
+        label_smoothing: the part, from 0 to 1, of the target that is spread over all classes.
+        z_loss: adds `z_loss * logsumexp(logits) ** 2` times the target's class weight to each row.
+        softcap: the logits are `softcap * tanh(logits / softcap)` before anything else.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+        impl: the backend; None chooses (see `fastlm.explain`).
+
+    Returns:
+        () or, for reduction "none", as target; in the logits' dtype (fp32 under autocast, as
+        torch). Differentiable in logits, once by the triton backend.
+
+    Raises:
+        TypeError, ValueError: types, shapes, dtypes, devices or values that do not fit.
+
+    Source: `fastlm/reference/loss.py`.
+    """
+    op = "cross_entropy"
+    require_float(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise fail(op, "logits", "have at least one class in its last dimension",
+                   tuple(logits.shape))  # fmt: skip
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    _check_loss(op, logits, "(...) of logits (..., vocab)", target, logits.shape[-1], class_weight,
+                reduction, *options)  # fmt: skip
+    backend = choose(op, impl, _BACKENDS, logits.device, logits, class_weight)
+    out_dtype = logits.dtype
+    if autocast_dtype(logits.device) is not None:
+        out_dtype = torch.promote_types(out_dtype, torch.float32)
+    if backend == "torch":
+        return _torch_cross_entropy(logits, target, class_weight, *options, reduction, out_dtype)
+    loss, row_weight = _CrossEntropy.apply(
+        *_as_3d(logits, target), None if class_weight is None else class_weight.contiguous(),
+        ignore_index, float(label_smoothing), float(z_loss),
+        None if softcap is None else float(softcap),
+    )  # fmt: skip
+    if reduction == "none":
+        return loss.view(target.shape).to(out_dtype)
+    return reference.reduce(loss, row_weight, reduction).to(out_dtype)
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(x @ weight.T + bias, target)` without the logits: a language model's head.
+
+    Tokens are taken in chunks, so there is never a (tokens, vocab) tensor. With "mean" and "sum"
+    the gradients are made together with the loss, at the cost of eager's three matrix products;
+    with "none" the backward computes the logits again. Gradients are summed in fp32, and a frozen
+    weight, bias or x costs nothing. On a CPU ignored rows are not computed; on a GPU they are,
+    because how many there are is not known there without waiting for it.
+
+    Args:
+        x: (..., dim), any floating dtype and strides.
+        weight: (vocab, dim), as `torch.nn.Linear` has it.
+        target: (...), int64 or int32; outside the vocabulary it raises IndexError on a CPU, and
+            fails a device assertion on a GPU.
+        bias: (vocab,).
+
+    The other arguments and the errors are `cross_entropy`'s. The products are taken in the widest
+    dtype of x, weight and bias, or in autocast's.
+
+    Returns:
+        () or, for reduction "none", as target; in the products' dtype (fp32 under autocast).
+        Differentiable once, in x, weight and bias, each with a gradient of its own dtype.
+
+    Source: `fastlm/reference/loss.py`.
+    """
+    op = "linear_cross_entropy"
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if t is not None or name != "bias":
+            require_float(op, name, t)
+            require_device(op, name, t, x.device)
+    if x.dim() == 0:
+        raise fail(op, "x", "have shape (..., dim)", tuple(x.shape))
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        constraint = f"have shape (vocab, dim) = (at least 1, {x.shape[-1]})"
+        raise fail(op, "weight", constraint, tuple(weight.shape))
+    if bias is not None:
+        require_shape(op, "bias", bias, weight.shape[:1], "(vocab,)")
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    _check_loss(op, x, "(...) of x (..., dim)", target, weight.shape[0], class_weight, reduction,
+                *options)  # fmt: skip
+    choose(op, impl, _LINEAR_BACKENDS, x.device)
+    dtype, out_dtype = _linear_dtypes(x, weight, bias)
+    grad = torch.is_grad_enabled()
+    need = tuple(grad and t is not None and t.requires_grad for t in (x, weight, bias))
+    options = (ignore_index, float(label_smoothing), float(z_loss),
+               None if softcap is None else float(softcap))  # fmt: skip
+    loss, row_weight = LinearCrossEntropy.apply(
+        x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight, dtype, options,
+        reduction != "none", need,
+    )  # fmt: skip
+    if reduction == "none":
+        return loss.view(target.shape).to(out_dtype)
+    return reference.reduce(loss, row_weight, reduction).to(out_dtype)
+
+
+def _check_loss(
+    op, x, form, target, vocab, class_weight, reduction, ignore_index, label_smoothing, z_loss,
+    softcap,
+) -> None:  # fmt: skip
+    require_tensor(op, "target", target)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise fail(op, "target", "have dtype torch.int64 or torch.int32", target.dtype)
+    require_shape(op, "target", target, x.shape[:-1], form)
+    require_device(op, "target", target, x.device)
+    if class_weight is not None:
+        require_float(op, "class_weight", class_weight)
+        require_shape(op, "class_weight", class_weight, (vocab,), "(vocab,)")
+        require_device(op, "class_weight", class_weight, x.device)
+        if class_weight.requires_grad and torch.is_grad_enabled():
+            constraint = "have requires_grad=False, for it gets no gradient"
+            raise fail(op, "class_weight", constraint, True)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise fail(op, "ignore_index", "be an int", type(ignore_index).__name__, TypeError)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise fail(op, "ignore_index", "be a 64-bit integer", ignore_index)
+    require_probability(op, "label_smoothing", label_smoothing)
+    _require_number(op, "z_loss", z_loss, "be a finite number of at least 0", lambda z: z >= 0)
+    if softcap is not None:
+        _require_number(op, "softcap", softcap, "be None or a finite number above 0",
+                        lambda c: c > 0)  # fmt: skip
+    require_choice(op, "reduction", reduction, REDUCTIONS)
+
+
+def _require_number(op, arg, value, constraint, holds) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise fail(op, arg, constraint, type(value).__name__, TypeError)
+    if not (math.isfinite(value) and holds(value)):
+        raise fail(op, arg, constraint, value)
+
+
+def _triton_refuses(logits, class_weight) -> str | None:
+    for name, t in (("logits", logits), ("class_weight", class_weight)):
+        if t is not None and t.dtype == torch.float64:
+            return f"computes in fp32 and does not take a float64 {name}"
+    return None
+
+
+# Triton first: two passes over the logits, where torch makes an fp32 copy and its log-softmax of
+# them. Not measured on a GPU yet.
+_BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
+_LINEAR_BACKENDS = {"torch": supports_all}
+
+
+def _torch_cross_entropy(
+    logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+    out_dtype,
+):  # fmt: skip
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if z_loss > 0.0 or softcap is not None:
+        return reference.cross_entropy(
+            logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
+            reduction=reduction, out_dtype=out_dtype, **options,
+        )  # fmt: skip
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    flat = target.reshape(-1).long()
+    weight = None if class_weight is None else class_weight.to(acc)
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).to(acc), flat, weight,
+        reduction="none" if reduction == "none" else "sum", **options,
+    )  # fmt: skip
+    if reduction == "none":
+        return loss.view(target.shape).to(out_dtype)
+    row_weight = kept = flat != ignore_index
+    if weight is not None:
+        row_weight = torch.where(kept, weight[torch.where(kept, flat, 0)], 0.0)
+    return reference.reduce(loss, row_weight, reduction).to(out_dtype)
+
+
+def _as_3d(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As (outer, inner, vocab) and (outer, inner): logits[:, :-1] of a batch is not copied."""
+    vocab = logits.shape[-1]
+    if logits.dim() < 3:
+        logits = logits.reshape(1, -1, vocab)
+    elif logits.dim() > 3:
+        logits = logits.reshape(-1, logits.shape[-2], vocab)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    return logits, target.reshape(logits.shape[:-1]).contiguous()
+
+
+def _linear_dtypes(x, weight, bias) -> tuple[torch.dtype, torch.dtype]:
+    """Of the matrix products, and of the loss."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    lower = autocast_dtype(x.device)
+    if lower is None or dtype == torch.float64:
+        return dtype, dtype
+    return lower, torch.float32

@@ -1,0 +1,211 @@
+"""Cross-entropy of logits, forward and backward.
+
+    s = logits, or softcap * tanh(logits / softcap);   lse = logsumexp(s);   p = exp(s - lse)
+    loss = (1 - e) * w[y] * (lse - s[y]) + e / N * sum_c w[c] * (lse - s[c]) + z * w[y] * lse^2
+    ds   = dloss * (p * (w[y] * (1 - e + 2 * z * lse) + e / N * sum(w))
+                    - [c = y] * w[y] * (1 - e) - e / N * w[c])
+
+with e the label smoothing, w the class weights and z the weight of the z-loss. The forward reads
+each logit once (online softmax over blocks of columns); the backward reads it once more and writes
+its gradient. Rows whose target is ignore_index are neither read nor computed: their loss and
+gradient are 0. A target outside the vocabulary reads nothing and gives NaN, in both passes.
+
+Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867;
+Szegedy et al., arXiv:1512.00567 (label smoothing).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlm.kernels.configs import ceil_div, row_config
+
+
+@triton.jit
+def _load_targets(target_ptr, rows, rows_total, N, ignore_index):
+    """Targets of a tile of rows, which rows count, and which of these name a class. [BLOCK_M]"""
+    mask_m = rows < rows_total
+    target = tl.load(target_ptr + rows, mask=mask_m, other=0).to(tl.int64)
+    active = mask_m & (target != ignore_index)
+    return target, active, active & (target >= 0) & (target < N)
+
+
+@triton.jit
+def _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
+    """s and ds/dlogits, in fp32; s is -inf outside the mask."""
+    s = tl.load(logits_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+    slope = tl.full(s.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        t = 1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)  # tanh, without overflow to NaN
+        s = tl.where(mask, softcap * t, -float("inf"))
+        slope = 1.0 - t * t
+    return s, slope
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr, target_ptr, class_weight_ptr, loss_ptr, lse_ptr, row_weight_ptr,
+    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows in blocks of columns: loss, lse and the target's weight of every row."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
+    row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * s[c]
+    weight_sum = tl.zeros([BLOCK_M], tl.float32)
+    # A tile of ignored rows has no columns to visit.
+    for start in range(0, tl.where(tl.max(active.to(tl.int32), 0) > 0, N, 0), BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = active[:, None] & (cols < N)[None, :]
+        offsets = row_start[:, None] + cols[None, :]
+        s, _ = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
+        l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
+        m_i = m_new
+        if HAS_SMOOTHING:
+            s = tl.where(mask, s, 0.0)
+            w = tl.where(cols < N, 1.0, 0.0)
+            if class_weight_ptr is not None:
+                w = tl.load(class_weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+            weighted_s += tl.sum(s * w[None, :], 1)
+            weight_sum += tl.sum(w, 0)
+    log_l = tl.log(l_i)
+    lse = m_i + log_l
+    s_y, _ = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    w_y = tl.where(valid, 1.0, 0.0)
+    if class_weight_ptr is not None:
+        w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    # m - s[y] first: it is exact where the target leads, and lse would round it away.
+    loss = w_y * ((m_i - s_y) + log_l)
+    if HAS_SMOOTHING:
+        smooth = (weight_sum * m_i - weighted_s) + weight_sum * log_l
+        loss = (1.0 - label_smoothing) * loss + label_smoothing / N * smooth
+    if HAS_Z_LOSS:
+        loss += z_loss * w_y * lse * lse
+    loss = tl.where(valid, loss, tl.where(active, float("nan"), 0.0))
+    mask_m = rows < rows_total
+    tl.store(loss_ptr + rows, loss, mask=mask_m)
+    tl.store(lse_ptr + rows, tl.where(active, lse, 0.0), mask=mask_m)
+    tl.store(row_weight_ptr + rows, w_y, mask=mask_m)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, lse_ptr, dloss_ptr, dlogits_ptr,
+    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of dlogits."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = rows < rows_total, cols < N
+    target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
+    lse = tl.load(lse_ptr + rows, mask=valid, other=0.0)
+    dloss = tl.load(dloss_ptr + rows, mask=valid, other=0.0)
+    row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
+    s, slope = _load_scores(
+        logits_ptr, row_start[:, None] + cols[None, :], valid[:, None] & mask_n[None, :],
+        softcap, HAS_SOFTCAP,
+    )  # fmt: skip
+    p = tl.exp(s - lse[:, None])
+    w_y = tl.full([BLOCK_M], 1.0, tl.float32)
+    if class_weight_ptr is not None:
+        w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    on_target = w_y
+    if HAS_SMOOTHING:
+        on_target = w_y * (1.0 - label_smoothing)
+    on_p = on_target
+    if HAS_Z_LOSS:
+        on_p += w_y * (2.0 * z_loss) * lse
+    if HAS_SMOOTHING:
+        if class_weight_ptr is not None:
+            on_p += label_smoothing / N * tl.load(weight_sum_ptr)
+        else:
+            on_p += label_smoothing
+    ds = p * on_p[:, None]
+    ds -= tl.where(cols[None, :] == target[:, None], on_target[:, None], 0.0)
+    if HAS_SMOOTHING:
+        w = tl.full([BLOCK_N], 1.0, tl.float32)
+        if class_weight_ptr is not None:
+            w = tl.load(class_weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+        ds -= (label_smoothing / N * w)[None, :]
+    ds = ds * dloss[:, None] * slope
+    bad = tl.where(active, float("nan"), 0.0)
+    ds = tl.where(valid[:, None], ds, bad[:, None])
+    out = rows[:, None] * N + cols[None, :]
+    tl.store(dlogits_ptr + out, ds, mask=mask_m[:, None] & mask_n[None, :])
+
+
+def cross_entropy_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, lse, row_weight), fp32 and shaped as target.
+
+    Args:
+        logits: (outer, inner, vocab), last stride 1, the other two any.
+        target: (outer, inner), contiguous integers.
+        class_weight: (vocab,), contiguous, or None.
+    """
+    shape, rows = target.shape, target.numel()
+    loss, lse, row_weight = (
+        torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
+    if rows == 0:
+        return loss, lse, row_weight
+    N = logits.shape[2]
+    config = row_config(N)
+    _cross_entropy_fwd_kernel[(ceil_div(rows, config.block_m),)](
+        logits, target, class_weight, loss, lse, row_weight,
+        logits.stride(0), logits.stride(1), shape[1], N, rows, ignore_index,
+        label_smoothing, z_loss, 1.0 if softcap is None else softcap,
+        HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+    return loss, lse, row_weight
+
+
+def cross_entropy_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    dloss: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """dlogits, contiguous, in the logits' dtype; `dloss` is fp32, shaped as target, any strides."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows, N = target.numel(), logits.shape[2]
+    if rows == 0:
+        return dlogits
+    weight_sum = None
+    if class_weight is not None and label_smoothing > 0.0:
+        weight_sum = class_weight.sum(dtype=torch.float32)
+    config = row_config(N)
+    _cross_entropy_bwd_kernel[(ceil_div(rows, config.block_m) * ceil_div(N, config.block_n),)](
+        logits, target, class_weight, weight_sum, lse, dloss.contiguous(), dlogits,
+        logits.stride(0), logits.stride(1), target.shape[1], N, rows, ignore_index,
+        label_smoothing, z_loss, 1.0 if softcap is None else softcap,
+        HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
+    return dlogits
