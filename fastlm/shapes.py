@@ -27,6 +27,13 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class FfnShape:
+    rows: int
+    dim: int
+    hidden_dim: int
+
+
+@dataclass(frozen=True)
 class LossShape:
     tokens: int
     vocab: int
@@ -49,6 +56,22 @@ NORM_LARGE = {
     "widest": NormShape(256, 262144),
 }
 
+FFN_SMALL = {
+    "one": FfnShape(1, 1, 1),
+    "prime": FfnShape(7, 13, 131),
+    "power_of_two": FfnShape(5, 32, 256),
+    "ragged": FfnShape(67, 24, 96),
+    "past_one_block": FfnShape(3, 8, 2100),
+}
+
+FFN_LARGE = {
+    "bert_base": FfnShape(16384, 768, 3072),
+    "bert_large": FfnShape(16384, 1024, 4096),
+    "gpt2_xl": FfnShape(8192, 1600, 6400),
+    "llama_8b": FfnShape(8192, 4096, 14336),
+    "odd": FfnShape(4099, 771, 3077),
+}
+
 LOSS_SMALL = {
     "one": LossShape(1, 1, 1),
     "prime": LossShape(7, 131),
@@ -63,4 +86,25 @@ LOSS_LARGE = {
     "clm_llama2": LossShape(8192, 32000, 4096),
     "clm_llama3": LossShape(8192, 128256, 4096),
     "clm_gemma": LossShape(4096, 256000, 2304),
+}
+
+ATTENTION_SMALL = {
+    "one": AttentionShape(1, 1, 1, 1, 1, 16),
+    "prime": AttentionShape(2, 37, 37, 3, 3, 20),
+    "odd_head": AttentionShape(1, 20, 24, 2, 1, 7),
+    "gqa": AttentionShape(2, 19, 45, 4, 2, 32),
+    "more_queries": AttentionShape(1, 45, 19, 2, 2, 64),
+    "one_query": AttentionShape(2, 1, 131, 2, 1, 40),
+    "ragged": AttentionShape(1, 70, 133, 1, 1, 64),
+    "past_one_block": AttentionShape(1, 150, 150, 1, 1, 80),
+    "widest_head": AttentionShape(1, 33, 40, 1, 1, 256),
+}
+
+# 16,384 tokens and 2,048 features, as FlashAttention's papers measure.
+ATTENTION_LARGE = {
+    f"headdim_{headdim}_seqlen_{seqlen}": AttentionShape(
+        16384 // seqlen, seqlen, seqlen, 2048 // headdim, 2048 // headdim, headdim
+    )
+    for headdim in (64, 128, 256)
+    for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
 }
