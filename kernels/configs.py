@@ -15,7 +15,7 @@ import torch
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """The table key of a device: "sm_80", "sm_90", "sm_100", "gfx942" or "cpu" (the interpreter)."""
+    """A device's table key: "sm_80", "sm_90", "sm_100", "gfx942" or "cpu" (the interpreter)."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip is not None:
@@ -133,4 +133,4 @@ def attention_config(
 def attention_section(device: torch.device, causal: str, head_bytes: int, heads: int) -> int:
     if causal == "none":
         return 1
-    return max(1, min(heads, 16384 // head_bytes))
+    return max(1, min(heads, 16384 // max(head_bytes, 1)))

@@ -3,8 +3,13 @@
 Importing this module imports triton; it holds no kernel and no launcher.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -40,3 +45,120 @@ def dropout_keep(seed, threshold, batch, head, rows, first_column, BLOCK_N: tl.c
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, GROUPS, 2, 2]
     words = tl.reshape(words, [BLOCK_M, BLOCK_N])
     return words >= tl.to_tensor(threshold).to(tl.uint32)
+
+
+@triton.jit
+def tile_and_head(pid, tiles, longest_last, section):
+    """The (tile, head) of a program: within sections of heads, the longest tiles first.
+
+    Programs that run together then share keys that fit in the L2 cache, and the last ones are short.
+
+    Args:
+        pid: position on a grid of `tiles * heads` programs.
+        longest_last: constexpr or integer, nonzero where the last tile has the most work.
+        section: heads in a section, from 1 to the number of heads.
+    """
+    heads = tl.num_programs(0) // tiles
+    first = pid // (tiles * section) * section
+    width = tl.minimum(section, heads - first)
+    rest = pid - first * tiles
+    tile = rest // width
+    if longest_last:
+        tile = tiles - 1 - tile
+    return tile, first + rest % width
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, M, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a matrix with D columns, 0 outside it; without masks where nothing can be outside.
+
+    Args:
+        rows: int32, [BLOCK_M]; below M unless MASKED.
+        stride: elements between rows, as an int64 so that no product overflows.
+
+    Returns:
+        [BLOCK_M, BLOCK_D] in the dtype of `ptr`.
+    """
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+    if MASKED and D != BLOCK_D:
+        return tl.load(ptrs, mask=(rows < M)[:, None] & (cols < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=(rows < M)[:, None], other=0.0)
+    elif D != BLOCK_D:
+        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, M, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores what `load_rows` would load, converted to the dtype of `ptr`."""
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+    mask = (rows < M)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (cols < D)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_range(first_row, BLOCK_M: tl.constexpr, M, N, diagonal,
+              IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(full, end): what a tile of query rows may see of N keys.
+
+    Keys below `full`, a multiple of BLOCK_N, are seen by every row; keys from `end` on by none.
+    Causal means that row i sees keys up to `i + diagonal`.
+    """
+    if not IS_CAUSAL:
+        return N // BLOCK_N * BLOCK_N, N
+    else:
+        last_row = tl.minimum(first_row + BLOCK_M, M) - 1
+        end = tl.minimum(tl.maximum(last_row + diagonal + 1, 0), N)
+        full = tl.minimum(tl.maximum(first_row + diagonal + 1, 0), N)
+        return full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def _sigmoid(z):
+    """(s, 1 - s) for s = sigmoid(z), without cancellation or overflow."""
+    e = tl.exp(-tl.abs(z))
+    r = 1.0 / (1.0 + e)
+    return tl.where(z < 0.0, e * r, r), tl.where(z < 0.0, r, e * r)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """activation(z) and its derivative, in fp32. The compiler drops whichever is not used.
+
+    tanh is written with the sigmoid: 0.5 * (1 + tanh(u)) = sigmoid(2u).
+    """
+    if ACTIVATION == "gelu":
+        cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        y = z * cdf
+        dy = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * (z * z)))
+    elif ACTIVATION == "gelu_tanh":
+        z2 = z * z
+        s, t = _sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * z2))
+        y = z * s
+        slope = s * t
+        more = z * slope * (1.5957691216057308 + 0.21406444881780076 * z2)
+        # slope is 0 long before z2 overflows, but 0 * inf is NaN.
+        dy = s + tl.where(slope == 0.0, 0.0, more)
+    elif ACTIVATION == "relu":
+        dy = tl.where(z <= 0.0, 0.0, 1.0)
+        y = tl.where(z <= 0.0, 0.0, z)  # keeps NaN, as torch does
+    elif ACTIVATION == "relu2":
+        r = tl.where(z <= 0.0, 0.0, z)
+        y = r * r
+        dy = 2.0 * r
+    elif ACTIVATION == "silu":
+        s, t = _sigmoid(z)
+        y = z * s
+        dy = s + s * (z * t)
+    else:
+        tl.static_assert(ACTIVATION == "quick_gelu", "unknown activation")
+        s, t = _sigmoid(1.702 * z)
+        y = z * s
+        dy = s + 1.702 * (s * (z * t))
+    return y, dy

@@ -6,8 +6,8 @@
     gated_ffn: y = (activation(x w_gate^T) * (x w_up^T)) w_down^T
 
 Sources: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, section 3.3; Hendrycks and
-Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; Shazeer, "GLU Variants Improve Transformer",
-arXiv:2002.05202; So et al., "Primer", arXiv:2109.08668 (squared ReLU).
+Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; Shazeer, "GLU Variants Improve
+Transformer", arXiv:2002.05202; So et al., "Primer", arXiv:2109.08668 (squared ReLU).
 """
 
 from __future__ import annotations
