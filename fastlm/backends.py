@@ -98,7 +98,7 @@ def choose(
         raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
     if impl not in backends:
         raise NotImplementedError(f"{op}: {_absent(op, impl)}; use impl='torch'")
-    interpreting = impl == "triton" and INTERPRETED and device.type == "cpu"
+    interpreting = impl == "triton" and HAS_TRITON and INTERPRETED and device.type == "cpu"
     missing = None if interpreting else _unavailable(impl, device)
     if missing is not None:
         raise RuntimeError(f"{op}: impl must be available, got {impl!r}: {missing}")
@@ -139,8 +139,11 @@ def _unavailable(impl: Impl, device: torch.device) -> str | None:
     return _too_old(device.index or 0)
 
 
-@torch.compiler.assume_constant_result
 def _too_old(index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "its kernels need compute capability 8.0 or newer"
     return None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_too_old._dynamo_marked_constant = True
