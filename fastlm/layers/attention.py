@@ -9,7 +9,8 @@ from torch import nn
 from fastlm.backends import Impl
 from fastlm.layers._masks import attention_masks
 from fastlm.ops._check import fail, make_seed, require_probability, require_tensor
-from fastlm.ops.attention import attention, attention_decode, attention_weights
+from fastlm.ops.attention import attention
+from fastlm.ops.attention_variants import attention_decode, attention_weights
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -22,7 +23,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
             device, dtype: as in `torch.nn.MultiheadAttention`.
-        impl: the attention backend; None chooses.
+        impl: the backend of `fastlm.attention`; None chooses. Weights and cached attention choose
+            theirs.
     """
 
     impl: Impl | None = None
@@ -93,8 +95,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         options = self._options(q, k, attn_mask, key_padding_mask, is_causal)
         if not need_weights:
-            return self._output(attention(q, k, v, **options), query), None
-        out, lse = attention(q, k, v, return_lse=True, **options)
+            return self._output(attention(q, k, v, impl=self.impl, **options), query), None
+        out, lse = attention(q, k, v, return_lse=True, impl=self.impl, **options)
         weights = attention_weights(q, k, lse, **options)  # (batch, num_heads, seqlen_q, seqlen_k)
         weights = weights.mean(1) if average_attn_weights else weights
         return self._output(out, query), weights if query.dim() == 3 else weights.squeeze(0)
@@ -119,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             k_cache[:, : k.shape[1]] = k
             v_cache[:, : v.shape[1]] = v
             return self._output(attention(q, k, v, causal=True, impl=self.impl), x)
-        out = attention_decode(q, k_cache, v_cache, seqlens_k, k_new=k, v_new=v, impl=self.impl)
+        out = attention_decode(q, k_cache, v_cache, seqlens_k, k_new=k, v_new=v)
         return self._output(out, x)
 
     def _options(self, q, k, attn_mask, key_padding_mask, is_causal) -> dict:
@@ -140,7 +142,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             "dropout_p": dropout_p,
             # Drawn here, so that the weights are dropped as the output's were.
             "seed": make_seed("MultiheadAttention", None, dropout_p, q.device),
-            "impl": self.impl,
         }
 
     def _project(self, query, key, value):

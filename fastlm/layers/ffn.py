@@ -10,9 +10,8 @@ from torch import nn
 
 from fastlm.backends import Impl
 from fastlm.ops._check import fail, require_choice
-from fastlm.ops.ffn import bias_act, ffn, gated_ffn, glu
+from fastlm.ops.ffn import ACTIVATIONS, bias_act, ffn, gated_ffn, glu
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu")
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.layers.ffn import ACTIVATIONS
 from fastlm.ops._check import fail, require_choice, require_probability
+from fastlm.ops.ffn import ACTIVATIONS
 
 _OP = "TransformerConfig"
 POSITIONS = ("learned", "sinusoidal")

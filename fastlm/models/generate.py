@@ -65,11 +65,11 @@ def generate_stream(
 
     Args:
         prompt_ids: (batch, seqlen) or (seqlen,) integers, at least one token.
-        max_new_tokens: at least 1. Prompt and new tokens together are at most `max_seqlen` + 1: the
-            last token need not be read. Longer ones are an error, for a position has no meaning past
-            the table; shorten the prompt to continue a long text.
-        prompt_lengths: (batch,): row b of the prompt is its first prompt_lengths[b] tokens, and what
-            follows is padding. Default: every row is whole.
+        max_new_tokens: at least 1. Prompt and new tokens together are at most `max_seqlen` + 1, for
+            the last token need not be read. More is an error, since a position has no meaning past
+            the table: to continue a long text, give its end as the prompt.
+        prompt_lengths: (batch,): row b of the prompt is its first prompt_lengths[b] tokens, and
+            what follows is padding. Default: every row is whole.
         greedy: take the most probable token each time. Else it is drawn as `sample` says:
         temperature: divides the logits; above 0.
         top_k, top_p: limit the choice to the most probable tokens; None does not.
@@ -81,7 +81,8 @@ def generate_stream(
         TypeError, ValueError: arguments that do not fit.
     """
     _check(model, prompt_ids, max_new_tokens, seed, generator)
-    check_sampling(temperature, top_k, top_p)
+    if not greedy:
+        check_sampling(temperature, top_k, top_p)
     batched = prompt_ids.dim() == 2
     ids = prompt_ids if batched else prompt_ids[None]
     lengths = _lengths(prompt_lengths, ids)

@@ -63,6 +63,5 @@ def sample(
     if top_p is not None:
         before = p.cumsum(-1) - p
         p = torch.where(before < top_p, p, 0.0)
-        p[:, 0] = p[:, 0].clamp(min=torch.finfo(p.dtype).tiny)
     choice = torch.multinomial(p, 1, generator=generator)
     return tokens.gather(1, choice).squeeze(1)
