@@ -6,7 +6,7 @@ The list is explicit because setuptools' discovery does not see remapped package
 
 from setuptools import setup
 
-SUBPACKAGES = ["cli", "layers", "models", "ops", "reference", "swap"]
+SUBPACKAGES = ["bench", "cli", "layers", "models", "ops", "reference", "swap", "training"]
 
 setup(
     packages=["fastlm", *(f"fastlm.{name}" for name in SUBPACKAGES), "fastlm.kernels"],

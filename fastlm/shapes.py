@@ -108,3 +108,15 @@ ATTENTION_LARGE = {
     for headdim in (64, 128, 256)
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
 }
+
+# `CPU` shapes are what benchmarks time where there is no GPU: milliseconds on two cores.
+NORM_CPU = {"bert_base": NormShape(2048, 768), "llama_1b": NormShape(1024, 2048)}
+
+FFN_CPU = {"bert_base": FfnShape(512, 768, 3072), "gpt_tiny": FfnShape(2048, 128, 512)}
+
+LOSS_CPU = {"bytes": LossShape(2048, 256, 128), "mlm_bert": LossShape(128, 30522, 768)}
+
+ATTENTION_CPU = {
+    "bert_base": AttentionShape(4, 128, 128, 12, 12, 64),
+    "gqa_512": AttentionShape(1, 512, 512, 8, 2, 64),
+}

@@ -1,0 +1,76 @@
+"""Times: medians with the 20th and 80th percentile, the providers of a case taken in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+_SHORTEST_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample: the clock costs time too
+_MIN_SAMPLES, _MAX_SAMPLES = 5, 200
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
+) -> dict[str, Times]:
+    """Times every call.
+
+    Args:
+        calls: by provider.
+        device: a GPU is timed by events with its L2 cache flushed before each call
+            (`triton.testing.do_bench`), a CPU by the clock.
+        seconds: about how long to sample each call.
+    """
+    if device.type == "cuda":
+        return {name: _on_gpu(call, seconds) for name, call in calls.items()}
+    return _on_cpu(calls, seconds)
+
+
+def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
+    from triton.testing import do_bench
+
+    time.sleep(0.1)  # lets the clocks recover from the provider before
+    median, p20, p80 = do_bench(
+        call, warmup=50, rep=round(seconds * 1e3), quantiles=[0.5, 0.2, 0.8]
+    )
+    return Times(median, p20, p80)
+
+
+def _on_cpu(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
+    repeats = {}
+    for name, call in calls.items():
+        call()  # warms caches and the allocator
+        repeats[name] = max(1, round(_SHORTEST_SAMPLE_S / max(_clock(call, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + seconds * len(calls)
+    # Turn by turn, so that a slow moment of the machine meets all providers alike.
+    for i in range(_MAX_SAMPLES):
+        if i >= _MIN_SAMPLES and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            samples[name].append(_clock(call, repeats[name]) * 1e3)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _clock(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _summary(values: list[float]) -> Times:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Times(statistics.median(values), fifths[0], fifths[3])

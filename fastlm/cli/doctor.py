@@ -1,0 +1,105 @@
+"""Shows what this machine has, and for every operator which backend runs and why the others do not.
+
+A small bf16 call of every operator is put to `fastlm.explain`; nothing is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+
+import torch
+
+import fastlm
+from fastlm.bench.machine import cpu_name
+from fastlm.cli._options import add_device, device_of
+from fastlm.cli._samples import sample_calls
+
+_PACKAGES = ("numpy", "safetensors", "rich", "matplotlib", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    device = device_of(args)
+    for name, value in machine():
+        print(f"{name:<14}{value}")
+    print(f"\nwhich backend runs a bf16 call on {device.type}:")
+    for name, chosen, notes in backends(device):
+        print(f"  {name:<30}{chosen}")
+        for note in notes:
+            print(f"      {note}")
+    return 0
+
+
+def machine() -> list[tuple[str, str]]:
+    """What is installed, by name."""
+    rows = [
+        ("fastlm", fastlm.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", _torch()),
+        ("triton", _version("triton") or "not installed: Triton kernels cannot run"),
+        ("nvcc", _nvcc()),
+        ("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads"),
+    ]
+    rows += [(f"gpu {i}" if i else "gpu", text) for i, text in enumerate(_gpus())]
+    return rows + [(name, _version(name) or "not installed") for name in _PACKAGES]
+
+
+def backends(device: torch.device) -> list[tuple[str, str, list[str]]]:
+    """(operator, chosen backend, one note for every other backend) for all operators."""
+    calls = sample_calls(device)
+    rows = []
+    for name in sorted(fastlm.ops.__all__):
+        args, kwargs = calls[name]()
+        explanation = fastlm.explain(name, *args, **kwargs)
+        notes = [
+            f"{impl}: {reason or 'available, slower or equal'}"
+            for impl, reason in explanation.reasons.items()
+            if impl != explanation.chosen
+        ]
+        rows.append((name, str(explanation.chosen), notes))
+    return rows
+
+
+def _torch() -> str:
+    built = torch.version.cuda or torch.version.hip
+    return f"{torch.__version__}, built {f'for {built}' if built else 'without CUDA'}"
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["none that torch can use"]
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gpus.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return gpus
+
+
+def _nvcc() -> str:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    nvcc = next((path for path in places if os.path.exists(path)), None) or shutil.which("nvcc")
+    if nvcc is None:
+        return "not found (only building the CUDA C++ kernels needs it)"
+    try:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{nvcc} does not run: {error}"
+    release = re.search(r"release ([\d.]+)", answer.stdout)
+    return f"{release.group(1) if release else 'unknown version'} at {nvcc}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
