@@ -81,10 +81,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.unit:>10}{'of ceiling':>12}{'max error':>11}{'of bound':>10}"
             )
         spread = f"{row.p20_ms:.3f}-{row.p80_ms:.3f}"
+        bound = f"{row.of_bound:.2f}{'!' if row.of_bound > 1 else ''}"
         speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
         lines.append(
             f"  {row.provider:<{width}}{row.median_ms:>10.3f}{spread:>20}{speedup:>10}"
-            f"{row.rate:>10.3g}{row.of_ceiling:>12.0%}{row.max_error:>11.1e}{row.of_bound:>10.2f}"
+            f"{row.rate:>10.3g}{row.of_ceiling:>12.0%}{row.max_error:>11.1e}{bound:>10}"
         )
     return "\n".join(lines[1:])
 

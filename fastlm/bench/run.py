@@ -23,7 +23,7 @@ def run_case(
     seconds: float = 0.3,
     failed: Callable[[str, str], None] = lambda provider, why: None,
 ) -> list[Row]:
-    """Applies the oracle to every provider of a case and times those that pass.
+    """Applies the oracle to every provider of a case and times torch and those that pass.
 
     Args:
         directions: which of `DIRECTIONS`.
@@ -31,13 +31,14 @@ def run_case(
         failed: told of every provider that did not pass, and why.
     """
     oracle, verdicts = Oracle(case), {}
-    for name, fn in case.providers.items():
+    for name, fn in sorted(case.providers.items(), key=lambda item: item[0] != "torch"):
         try:
             verdict = oracle.judge(fn)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             failed(name, f"cannot: {str(error).splitlines()[0]}")
             continue
-        if verdict.passed:
+        # torch itself is what users have: it is timed whatever its error, which the table shows.
+        if name == "torch" or verdict.passes(verdicts.get("torch")):
             verdicts[name] = verdict
         else:
             failed(name, f"error {verdict.error:.1e} is {verdict.of_bound:.2f} of the bound")
@@ -85,7 +86,7 @@ def _call(case: Case, fn: Fn, direction: str) -> Callable[[], object]:
     inputs = case.inputs()
     wanted = [x for x in inputs.values() if x.requires_grad]
     out = fn(**inputs)
-    grad = randn(*out.shape, seed=1).to(out.device, out.dtype)
+    grad = randn(*out.shape, seed=99).to(out.device, out.dtype)
     if direction == "backward":
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
     return lambda: torch.autograd.grad(fn(**inputs), wanted, grad)

@@ -17,7 +17,6 @@ def sample_calls(device: torch.device) -> dict[str, Callable[[], Call]]:
     qkv = lambda: (rand(2, 16, 4, 64), rand(2, 16, 4, 64), rand(2, 16, 4, 64))
     packed = lambda: (rand(16, 4, 64), rand(16, 4, 64), rand(16, 4, 64))
     lse = lambda: torch.zeros(2, 4, 16, device=device)
-    heads_first = lambda: tuple(x.transpose(1, 2) for x in qkv())
     weights = lambda: (rand(256, 64), rand(256), rand(64, 256), rand(64))
     gated = lambda: (rand(256, 64), rand(256, 64), rand(64, 256))
     return {
@@ -36,5 +35,5 @@ def sample_calls(device: torch.device) -> dict[str, Callable[[], Call]]:
         "linear_cross_entropy": lambda: ((rand(32, 64), rand(256, 64), ids.flatten()), {}),
         "rms_norm": lambda: ((rand(32, 64), rand(64)), {}),
         "rotary": lambda: ((rand(2, 16, 4, 64), rand(16, 32), rand(16, 32)), {}),
-        "scaled_dot_product_attention": lambda: (heads_first(), {"is_causal": True}),
+        "scaled_dot_product_attention": lambda: (qkv(), {"causal": "top_left"}),
     }  # fmt: skip

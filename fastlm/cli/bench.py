@@ -4,8 +4,8 @@ Providers are torch's own functions and the backends of fastlm that run here. Ea
 the reference in fp64, forward and backward, on the very inputs that are then timed: "max error" is
 its largest absolute error in output and gradients, "of bound" the part of what the oracle allows
 (twice the error of a plain PyTorch computation in the same dtype, and rounding). What fails is
-reported and not timed. Times are medians; "of ceiling" compares with a matrix product or a copy on
-the same device.
+reported and not timed, except torch itself, and what is no worse than it: "!" marks their errors.
+Times are medians; "of ceiling" compares with a matrix product or a copy on the same device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     directions = DIRECTIONS[:2] if args.quick else DIRECTIONS
-    rows, failures, unavailable = [], [], {}
+    rows, failures, unavailable = [], [], set()
     for op in args.op or (_QUICK_OPS if args.quick else CASES):
         for case in CASES[op](device, dtype, args.quick):
             failed = lambda provider, why, case=case: failures.append(
@@ -51,14 +51,17 @@ def run(args: argparse.Namespace) -> int:
             )
             seconds = 0.25 if args.quick else 1.0
             new = run_case(case, directions=directions, seconds=seconds, failed=failed)
-            print(table(new), end="\n\n", flush=True)
+            if new:
+                print(table(new), end="\n\n", flush=True)
             rows += new
-            unavailable |= case.unavailable
+            unavailable |= set(case.unavailable.items())
             if args.csv:  # at once: an interrupted run keeps what it measured
                 append_csv(args.csv, new)
     if rows:
         print(f"on {rows[0].device}, torch {rows[0].torch}, commit {rows[0].commit}")
-    for provider, reason in unavailable.items():
+    if any(row.of_bound > 1 for row in rows):
+        print("! torch's own function exceeds the oracle's bound there, and fastlm-torch calls it")
+    for provider, reason in sorted(unavailable):
         print(f"not timed: {provider}: {reason}")
     if args.plot and rows and not plot(rows, args.plot):
         print("no plot: matplotlib is not installed (pip install 'fastlm[bench]')")

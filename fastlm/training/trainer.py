@@ -120,7 +120,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 def language_model_loss(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of `targets` (batch, context), the bytes after `ids`."""
-    return model(ids, labels=targets).loss
+    return model(ids, labels=targets)
 
 
 @torch.no_grad()
