@@ -29,11 +29,11 @@ def attention_masks(
     ignore, added = [], []
     if attn_mask is not None:
         _require_mask("attn_mask", attn_mask)
-        shape = (seqlen_q, seqlen_k)
-        if tuple(attn_mask.shape) not in (shape, (batch * num_heads, *shape)):
-            want = f"have shape (seqlen_q, seqlen_k) = {shape} or (batch * num_heads, *) = "
-            got = tuple(attn_mask.shape)
-            raise fail(_OP, "attn_mask", f"{want}{(batch * num_heads, *shape)}", got)
+        shape, per_head = (seqlen_q, seqlen_k), (batch * num_heads, seqlen_q, seqlen_k)
+        if tuple(attn_mask.shape) not in (shape, per_head):
+            want = f"have shape (seqlen_q, seqlen_k) = {shape}"
+            want += f" or (batch * num_heads, seqlen_q, seqlen_k) = {per_head}"
+            raise fail(_OP, "attn_mask", want, tuple(attn_mask.shape))
         lead = (1, 1) if attn_mask.dim() == 2 else (batch, num_heads)
         x = attn_mask.reshape(*lead, *shape)
         (ignore if x.dtype == torch.bool else added).append(x)

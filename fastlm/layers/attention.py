@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlm.backends import Impl
 from fastlm.layers._masks import attention_masks
@@ -97,7 +98,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return self._output(attention(q, k, v, impl=self.impl, **options), query), None
         out, lse = attention(q, k, v, return_lse=True, impl=self.impl, **options)
-        weights = attention_weights(q, k, lse, **options)  # (batch, num_heads, seqlen_q, seqlen_k)
+        # Recomputed in the backward pass, which else would keep (batch, num_heads, seqlen_q,
+        # seqlen_k) tensors, whether or not the loss reads the weights.
+        weights = checkpoint(
+            attention_weights, q, k, lse, use_reentrant=False, preserve_rng_state=False, **options
+        )
         weights = weights.mean(1) if average_attn_weights else weights
         return self._output(out, query), weights if query.dim() == 3 else weights.squeeze(0)
 
