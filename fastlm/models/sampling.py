@@ -56,7 +56,7 @@ def sample(
         return logits.argmax(-1)
     check_sampling(temperature, top_k, top_p)
     # Stable, so that ties are broken alike on every device.
-    scores, tokens = (logits.float() / temperature).sort(-1, descending=True, stable=True)
+    scores, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         scores = scores[:, :top_k]
     p = scores.softmax(-1)  # (batch, at most vocab), most probable first
