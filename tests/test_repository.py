@@ -93,7 +93,7 @@ def test_imports_go_one_way(part):
 
 
 def test_applications_import_no_kernel():
-    """Only operators know the kernels; `doctor` asks `fastlm.explain`, `bench` triton for a timer."""
+    """Only operators know the kernels; `bench` asks triton for a timer."""
     for name, file in modules().items():
         if within(name, APPLICATIONS):
             known = imports(file, lazy=True) - {"triton.testing"} | imports(file, lazy=False)

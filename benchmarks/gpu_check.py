@@ -1,0 +1,183 @@
+"""Everything that needs a GPU, in one command: `make gpu-check`.
+
+In this order, and on to the next step where one fails:
+  1. conformance: the operators' small cases, each kernel against the oracle, on the device;
+  2. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
+  3. memcheck: the smallest case of each kernel under compute-sanitizer, if it is installed;
+  4. benchmarks: every operator against torch, each provider checked before it is timed.
+Writes results.json (device, driver, versions, commit, steps), one log a step and benchmarks.csv.
+Exit code: 0, 1 (a step failed), 2 (something is missing, and nothing ran).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
+
+
+@dataclass
+class Step:
+    name: str
+    command: list[str]
+    status: str = "not run"  # then passed, failed or missing
+    seconds: float = 0.0
+    summary: str = ""  # the last line it printed
+
+
+def missing() -> list[str]:
+    """What stands in the way, each with what to do about it."""
+    problems = [
+        f"{name} is not installed for {sys.executable}: {remedy}"
+        for name, remedy in (
+            ("torch", "install it for this machine's driver (https://pytorch.org)"),
+            ("triton", "pip install triton"),
+            ("pytest", "pip install pytest"),
+            ("fastlm", f"pip install --no-deps -e {ROOT}"),
+        )
+        if importlib.util.find_spec(name) is None
+    ]
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or torch.version.hip
+            problems.append(
+                "no GPU that torch can use: "
+                + (f"torch is built for {built}, and finds none" if built else
+                   "torch is built for the CPU alone; install a CUDA or ROCm build")
+            )  # fmt: skip
+    return problems
+
+
+def steps(out: Path, quick: bool) -> list[Step]:
+    """The steps; `smallest` is this script's own mode for compute-sanitizer."""
+    python = [sys.executable, "-P"]
+    pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    families = sorted(
+        str(file) for name in FAMILIES for file in (ROOT / "tests").glob(f"test_{name}*.py")
+    )
+    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    bench = [*python, "-m", "fastlm", "bench", "--csv", str(out / "benchmarks.csv")]
+    return [
+        Step("conformance", [*pytest, "-m", "not gpu", *families]),
+        Step("gpu", [*pytest, "-m", "gpu"]),
+        Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1",
+                          *python, __file__, "--smallest"]),
+        Step("benchmarks", bench + (["--quick"] if quick else [])),
+    ]  # fmt: skip
+
+
+def run(step: Step, log: Path) -> None:
+    """Runs a step, showing and keeping what it prints."""
+    if shutil.which(step.command[0]) is None:
+        step.status, step.summary = "missing", f"{step.command[0]} is not installed"
+        return
+    start = time.monotonic()
+    # The sanitizer sees every allocation only where torch does not pool them.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if step.name == "memcheck":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            step.summary = line.strip() or step.summary
+    step.status = "passed" if process.wait() == 0 else "failed"
+    step.seconds = round(time.monotonic() - start, 1)
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    from fastlm.bench.machine import describe
+
+    return {
+        **asdict(describe(torch.device("cuda"))),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def smallest() -> None:
+    """One small call of every Triton kernel, forward and backward; odd sizes meet every mask."""
+    import torch
+
+    import fastlm
+
+    def t(*shape, dtype=torch.float16):
+        return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+    def both(fn, *args, **options):
+        out = fn(*args, impl="triton", **options)
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+    for cols in (33, 8200):
+        block = {"residual": t(3, cols), "dropout_p": 0.5, "seed": 1, "prenorm": True}
+        both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
+        both(fastlm.rms_norm, t(3, cols), t(cols), casting="gemma")
+    for headdim in (17, 64, 128):
+        q, k = t(1, 19, 4, headdim), t(1, 70, 2, headdim)
+        both(fastlm.attention, q, k, t(1, 70, 2, headdim), causal=True)
+    both(fastlm.bias_act, t(3, 33), t(33), activation="gelu", dropout_p=0.5, seed=1)
+    both(fastlm.glu, t(3, 33), t(3, 33))
+    both(fastlm.ffn, t(3, 32), t(65, 32), t(65), t(32, 65), t(32), dropout_p=0.5, seed=1)
+    both(fastlm.gated_ffn, t(3, 32), t(65, 32), t(65, 32), t(32, 65))
+    target = torch.tensor([0, -100, 300], device="cuda")
+    both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu_check_out")
+    parser.add_argument("--quick", action="store_true", help="one benchmark shape an operator")
+    parser.add_argument("--smallest", action="store_true", help="only the calls of step 3")
+    options = parser.parse_args()
+    problems = missing()
+    for problem in problems:
+        print(f"gpu-check: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    if options.smallest:
+        smallest()
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "benchmarks.csv").unlink(missing_ok=True)
+    results = {"machine": machine(), "steps": []}
+    for step in steps(options.out, options.quick):
+        print(f"== {step.name}: {' '.join(step.command)}", flush=True)
+        run(step, options.out / f"{step.name}.log")
+        results["steps"].append(asdict(step))
+        # After every step: an interrupted run keeps what it has.
+        (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(*(f"{key:<12}{value}" for key, value in results["machine"].items()), sep="\n")
+    for step in results["steps"]:
+        print(f"{step['name']:<12}{step['status']:<8}{step['seconds']:>8.1f} s  {step['summary']}")
+    print(f"results in {options.out}")
+    return 1 if any(step["status"] == "failed" for step in results["steps"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
