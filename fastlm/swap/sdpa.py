@@ -59,12 +59,10 @@ class SDPARoute(overrides.TorchFunctionMode):
 
 def _rebound(function: types.FunctionType, **names) -> types.FunctionType:
     """A copy of a function in whose globals some names mean something else."""
+    names = {**function.__globals__, **names}
+    del names["__name__"]  # or torch.compile looks the names up in the module of that name
     copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
