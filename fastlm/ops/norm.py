@@ -162,7 +162,7 @@ def layer_norm(
         impl: the backend; None chooses (see `fastlm.explain`).
 
     Returns:
-        y as x, in x's dtype (fp32 under CUDA autocast, as torch); with `prenorm` (y, z).
+        y as x, in x's dtype (under autocast z's, fp32 on CUDA, as torch); with `prenorm` (y, z).
         Differentiable in x, weight, bias and residual, through y and z.
 
     Raises:
@@ -238,8 +238,10 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     out_dtype = x.dtype
     if kind == "rms_llama" and weight is not None:
         out_dtype = torch.promote_types(x.dtype, weight.dtype)
-    elif x.is_cuda and torch.is_autocast_enabled("cuda") and kind in ("layer", "rms"):
-        out_dtype = torch.float32  # torch's autocast runs these norms in fp32 on CUDA alone
+    elif torch.is_autocast_enabled(x.device.type) and kind in ("layer", "rms"):
+        # torch's autocast runs these norms in fp32 on CUDA; elsewhere in the dtype of the sum.
+        z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        out_dtype = torch.float32 if x.is_cuda else z_dtype
     if backend == "torch":
         y, z = _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype)
         return (y, z) if prenorm else y
