@@ -89,7 +89,7 @@ def main() -> None:
         return
     start, end = (re.escape(mark) for mark in MARKS)
     text = README.read_text()
-    new = re.sub(f"({start}\n).*?(\n{end})", lambda m: m[1] + table + m[2], text, flags=re.S)
+    new = re.sub(f"({start}\n).*?({end})", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
     README.write_text(new)
 
 
