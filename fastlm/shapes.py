@@ -61,7 +61,7 @@ FFN_SMALL = {
     "prime": FfnShape(7, 13, 131),
     "power_of_two": FfnShape(5, 32, 256),
     "ragged": FfnShape(67, 24, 96),
-    "past_one_block": FfnShape(3, 8, 2100),
+    "past_one_block": FfnShape(5, 24, 2040),
 }
 
 FFN_LARGE = {

@@ -1,8 +1,12 @@
-"""The public functions: check, choose a backend, run an autograd.Function over registered contracts."""
+"""The public functions: check, choose a backend, run an autograd function over contracts."""
 
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_variants import attention_decode, attention_varlen, attention_weights
+from fastlm.ops.embedding import embedding
+from fastlm.ops.ffn import bias_act, ffn, gated_ffn, glu
+from fastlm.ops.loss import cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm, rms_norm
+from fastlm.ops.rotary import rotary
 from fastlm.ops.sdpa import scaled_dot_product_attention
 from fastlm.reference.relative_bias import RelativeBias
 
@@ -12,7 +16,15 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "bias_act",
+    "cross_entropy",
+    "embedding",
+    "ffn",
+    "gated_ffn",
+    "glu",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
 ]

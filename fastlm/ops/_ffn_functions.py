@@ -208,7 +208,7 @@ class GatedFfn(torch.autograd.Function):
                 need_x or need_gate, need_x or need_up, need_down,
             )  # fmt: skip
             if need_x:
-                dx = torch.addmm(dgate @ w_gate, dup, w_up).view(*leading, w_up.shape[1])
+                dx = (dgate @ w_gate).add_(dup @ w_up).view(*leading, w_up.shape[1])
             dw_gate = dgate.t() @ x if need_gate else None
             dw_up = dup.t() @ x if need_up else None
         elif need_down:

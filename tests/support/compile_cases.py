@@ -108,12 +108,23 @@ def ffn() -> Iterator[Case]:
 
         return Case(f"ffn-{dtype}-glu-aligned-{activation}", run)
 
+    def block(op, dtype, dim, hidden, **options):
+        def run():  # the backward writes the hidden values again
+            shapes = {"ffn": [(hidden, dim), (hidden,), (dim, hidden), (dim,)]}
+            shapes["gated_ffn"] = [(hidden, dim), (hidden, dim), (dim, hidden)]
+            x, *params = (tensor(*s, dtype=DTYPES[dtype]) for s in [(4096, dim), *shapes[op]])
+            forward_backward(getattr(fastlm, op), x, *params, **options)
+
+        return Case(f"ffn-{dtype}-{op}-aligned", run)
+
     yield bias_act("gelu", "bf16", 3072)
     yield bias_act("gelu", "bf16", 3072, dropout_p=0.1, seed=1)
     yield bias_act("gelu_tanh", "fp16", 3072)
     yield bias_act("relu", "fp32", 2048)
     yield glu("silu", "bf16", 11008)
     yield glu("gelu_tanh", "fp32", 8192)
+    yield block("ffn", "bf16", 768, 3072, activation="gelu", dropout_p=0.1, seed=1)
+    yield block("gated_ffn", "bf16", 4096, 14336, activation="silu")
 
 
 def loss() -> Iterator[Case]:
