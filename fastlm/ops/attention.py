@@ -166,13 +166,12 @@ def attention_as(op: str, q, k, v, impl, **options):
     check_qkv(op, q, k, v)
     check_options(op, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device, options)
     options["seed"] = make_seed(op, options["seed"], options["dropout_p"], q.device)
-    q, k, v = to_common_dtype(q, k, v)
+    q, k, v = (_last_stride_1(x) for x in to_common_dtype(q, k, v))
     if choose(op, impl, _BACKENDS, q.device, q, v, options) == "torch":
         return _attention_torch.attention(q, k, v, options)
     causal = {False: "none", True: "bottom_right"}.get(options["causal"], options["causal"])
     scale = options["softmax_scale"]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = _last_stride_1(q), _last_stride_1(k), _last_stride_1(v)
     out, lse = _Attention.apply(q, k, v, causal, scale)
     return (out, lse) if options["return_lse"] else out
 
