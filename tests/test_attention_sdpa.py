@@ -17,7 +17,7 @@ CALLS = {
     "causal": {"is_causal": True},
     "scale": {"scale": 0.3},
     "bool_mask": {"attn_mask": randn(2, 1, 9, 13, seed=3) > 0},
-    "row_mask": {"attn_mask": randn(13, seed=3) > 0},
+    "row_mask": {"attn_mask": randn(1, 13, seed=3) > 0},
     "dead_rows": {"attn_mask": (randn(2, 4, 9, 13, seed=3) > 0) & (torch.arange(9) != 4)[:, None]},
 }
 
@@ -102,11 +102,8 @@ def test_sdpa_broadcasts_leading_dimensions(key, value):
 def test_sdpa_makes_views(monkeypatch):
     seen = []
     original = sdpa.attention_as
-    monkeypatch.setattr(
-        sdpa,
-        "attention_as",
-        lambda op, *qkv, **kw: seen.extend(qkv[:3]) or original(op, *qkv, **kw),
-    )
+    spy = lambda op, *args, **kw: seen.extend(args[:3]) or original(op, *args, **kw)
+    monkeypatch.setattr(sdpa, "attention_as", spy)
     packed = randn(2, 5, 3, 4, 8)  # (batch, seqlen, 3, nheads, headdim)
     query, key, value = packed.unbind(2)
     fastlm.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
@@ -149,13 +146,10 @@ def test_sdpa_signature_is_torchs():
     assert names == [
         "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
     ]  # fmt: skip
-    assert (
-        F.scaled_dot_product_attention.__doc__.replace("\n", "")
-        .replace("        ", " ")
-        .startswith(
-            "scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, "
-            "is_causal=False, scale=None, enable_gqa=False)"
-        )
+    documented = " ".join(F.scaled_dot_product_attention.__doc__.split()).split(" ->")[0]
+    assert documented == (
+        "scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, "
+        "is_causal=False, scale=None, enable_gqa=False)"
     )
 
 
