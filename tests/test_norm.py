@@ -263,6 +263,25 @@ def test_layer_norm_compiles_fullgraph(dynamic, impl, device):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_autocast_is_torchs(op, impl, device):
+    x, weight = randn(4, 20, device=device), torch.ones(20, device=device, requires_grad=True)
+    run = {
+        "layer_norm": lambda x: F.layer_norm(x, (20,), weight),
+        "rms_norm": lambda x: F.rms_norm(x, (20,), weight),
+    }[op]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            expected = run(x.to(dtype))
+            y, z = getattr(fastlm, op)(x.to(dtype), weight, residual=x, prenorm=True, impl=impl)
+            plain = getattr(fastlm, op)(x.to(dtype), weight, impl=impl)
+        assert plain.dtype == expected.dtype
+        assert y.dtype == run(z).dtype and z.dtype == torch.float32
+        y.sum().backward()
+        assert weight.grad.dtype == torch.float32
+
+
 def test_norm_opcheck(device):
     x = randn(4, 20, device=device)
     seed = torch.full((), SEED, device=device)

@@ -17,6 +17,7 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._library import contract
+from fastlm.ops._rows import as_rows
 from fastlm.reference import norm as reference
 
 CASTINGS = ("torch", "llama", "gemma")
@@ -91,22 +92,14 @@ def norm_bwd(
     )  # fmt: skip
 
 
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """As (rows, cols) with last stride 1; a view wherever one exists."""
-    if x is None:
-        return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Norm(torch.autograd.Function):
     """(x, residual) -> (y, z); z is None where it is x itself or nobody needs it."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z):
-        flat = _rows(x)
+        flat_residual = None if residual is None else as_rows(residual)
         y, z, mean, rstd = norm_fwd(
-            flat, _rows(residual), weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z
+            as_rows(x), flat_residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z
         )
         ctx.set_materialize_grads(False)
         ctx.dropout_p, ctx.kind = dropout_p, kind
@@ -127,7 +120,7 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(z)
         dz, dx, dweight, dbias = norm_bwd(
-            _rows(dy), _rows(dz), _rows(z), weight, mean, rstd, seed, ctx.dropout_p, ctx.kind,
+            as_rows(dy), None if dz is None else as_rows(dz), as_rows(z), weight, mean, rstd, seed, ctx.dropout_p, ctx.kind,
             dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
         )  # fmt: skip
         dresidual = dz.view(z.shape) if need[1] else None
