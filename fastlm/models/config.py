@@ -61,8 +61,8 @@ class TransformerConfig:
         require_choice(_OP, "positions", self.positions, POSITIONS)
         if not isinstance(self.bias, bool):
             raise fail(_OP, "bias", "be True or False", repr(self.bias), TypeError)
-        if not isinstance(self.layer_norm_eps, float) or not self.layer_norm_eps > 0:
-            raise fail(_OP, "layer_norm_eps", "be a positive float", repr(self.layer_norm_eps))
+        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
+            raise fail(_OP, "layer_norm_eps", "be a positive number", repr(self.layer_norm_eps))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
