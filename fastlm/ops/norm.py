@@ -120,8 +120,8 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(z)
         dz, dx, dweight, dbias = norm_bwd(
-            as_rows(dy), None if dz is None else as_rows(dz), as_rows(z), weight, mean, rstd, seed, ctx.dropout_p, ctx.kind,
-            dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
+            as_rows(dy), None if dz is None else as_rows(dz), as_rows(z), weight, mean, rstd, seed,
+            ctx.dropout_p, ctx.kind, dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
         )  # fmt: skip
         dresidual = dz.view(z.shape) if need[1] else None
         dx = (dresidual if dx_dtype is None else dx.view(z.shape)) if need[0] else None
