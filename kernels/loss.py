@@ -7,8 +7,10 @@
 
 with e the label smoothing, w the class weights and z the weight of the z-loss. The forward reads
 each logit once (online softmax over blocks of columns); the backward reads it once more and writes
-its gradient. Rows whose target is ignore_index are neither read nor computed: their loss and
-gradient are 0. A target outside the vocabulary reads nothing and gives NaN, in both passes.
+its gradient. lse is kept as its two parts, since rounding their sum would round p with it.
+
+Rows whose target is ignore_index are not read: their loss and gradient are 0. A target outside the
+vocabulary reads nothing outside, and its row's loss and gradient are NaN.
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867;
 Szegedy et al., arXiv:1512.00567 (label smoothing).
@@ -46,18 +48,21 @@ def _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, class_weight_ptr, loss_ptr, lse_ptr, row_weight_ptr,
+    logits_ptr, target_ptr, class_weight_ptr, loss_ptr, row_max_ptr, log_sum_ptr, row_weight_ptr,
     stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows in blocks of columns: loss, lse and the target's weight of every row."""
+    """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y]."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
     row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * s[c]
+    s_y, _ = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    # Sums are of s - origin, so that an offset common to a row's logits costs no digits.
+    origin = tl.where(s_y == -float("inf"), 0.0, s_y)
+    weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * (s[c] - origin)
     weight_sum = tl.zeros([BLOCK_M], tl.float32)
     # A tile of ignored rows has no columns to visit.
     for start in range(0, tl.where(tl.max(active.to(tl.int32), 0) > 0, N, 0), BLOCK_N):
@@ -70,35 +75,38 @@ def _cross_entropy_fwd_kernel(
         l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
         m_i = m_new
         if HAS_SMOOTHING:
-            s = tl.where(mask, s, 0.0)
+            s = tl.where(mask, s - origin[:, None], 0.0)
             w = tl.where(cols < N, 1.0, 0.0)
             if class_weight_ptr is not None:
                 w = tl.load(class_weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
             weighted_s += tl.sum(s * w[None, :], 1)
             weight_sum += tl.sum(w, 0)
-    log_l = tl.log(l_i)
-    lse = m_i + log_l
-    s_y, _ = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    # Rows that were not read have loss 0 by numbers, not by 0 * inf.
+    m_i = tl.where(active, m_i, 0.0)
+    log_l = tl.log(tl.where(l_i == 0.0, 1.0, l_i))
+    s_y = tl.where(valid, s_y, 0.0)
     w_y = tl.where(valid, 1.0, 0.0)
     if class_weight_ptr is not None:
         w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
     # m - s[y] first: it is exact where the target leads, and lse would round it away.
     loss = w_y * ((m_i - s_y) + log_l)
     if HAS_SMOOTHING:
-        smooth = (weight_sum * m_i - weighted_s) + weight_sum * log_l
+        smooth = weight_sum * ((m_i - origin) + log_l) - weighted_s
         loss = (1.0 - label_smoothing) * loss + label_smoothing / N * smooth
     if HAS_Z_LOSS:
-        loss += z_loss * w_y * lse * lse
+        loss += z_loss * w_y * (m_i + log_l) * (m_i + log_l)
     loss = tl.where(valid, loss, tl.where(active, float("nan"), 0.0))
     mask_m = rows < rows_total
     tl.store(loss_ptr + rows, loss, mask=mask_m)
-    tl.store(lse_ptr + rows, tl.where(active, lse, 0.0), mask=mask_m)
+    tl.store(row_max_ptr + rows, m_i, mask=mask_m)
+    tl.store(log_sum_ptr + rows, log_l, mask=mask_m)
     tl.store(row_weight_ptr + rows, w_y, mask=mask_m)
 
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, lse_ptr, dloss_ptr, dlogits_ptr,
+    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, row_max_ptr, log_sum_ptr, dloss_ptr,
+    dlogits_ptr,
     stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,14 +117,15 @@ def _cross_entropy_bwd_kernel(
     cols = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = rows < rows_total, cols < N
     target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
-    lse = tl.load(lse_ptr + rows, mask=valid, other=0.0)
+    m = tl.load(row_max_ptr + rows, mask=valid, other=0.0)
+    log_l = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
     dloss = tl.load(dloss_ptr + rows, mask=valid, other=0.0)
     row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
     s, slope = _load_scores(
         logits_ptr, row_start[:, None] + cols[None, :], valid[:, None] & mask_n[None, :],
         softcap, HAS_SOFTCAP,
     )  # fmt: skip
-    p = tl.exp(s - lse[:, None])
+    p = tl.exp((s - m[:, None]) - log_l[:, None])
     w_y = tl.full([BLOCK_M], 1.0, tl.float32)
     if class_weight_ptr is not None:
         w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
@@ -125,7 +134,7 @@ def _cross_entropy_bwd_kernel(
         on_target = w_y * (1.0 - label_smoothing)
     on_p = on_target
     if HAS_Z_LOSS:
-        on_p += w_y * (2.0 * z_loss) * lse
+        on_p += w_y * (2.0 * z_loss) * (m + log_l)
     if HAS_SMOOTHING:
         if class_weight_ptr is not None:
             on_p += label_smoothing / N * tl.load(weight_sum_ptr)
@@ -153,8 +162,8 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, lse, row_weight), fp32 and shaped as target.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, row_max, log_sum, row_weight), fp32 and shaped as target; row_max + log_sum is lse.
 
     Args:
         logits: (outer, inner, vocab), last stride 1, the other two any.
@@ -162,29 +171,30 @@ def cross_entropy_fwd(
         class_weight: (vocab,), contiguous, or None.
     """
     shape, rows = target.shape, target.numel()
-    loss, lse, row_weight = (
-        torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(3)
+    loss, row_max, log_sum, row_weight = (
+        torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(4)
     )
     if rows == 0:
-        return loss, lse, row_weight
+        return loss, row_max, log_sum, row_weight
     N = logits.shape[2]
     config = row_config(N)
     _cross_entropy_fwd_kernel[(ceil_div(rows, config.block_m),)](
-        logits, target, class_weight, loss, lse, row_weight,
+        logits, target, class_weight, loss, row_max, log_sum, row_weight,
         logits.stride(0), logits.stride(1), shape[1], N, rows, ignore_index,
         label_smoothing, z_loss, 1.0 if softcap is None else softcap,
         HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,
         HAS_SOFTCAP=softcap is not None,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
-    return loss, lse, row_weight
+    return loss, row_max, log_sum, row_weight
 
 
 def cross_entropy_bwd(
     logits: torch.Tensor,
     target: torch.Tensor,
     class_weight: torch.Tensor | None,
-    lse: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
     dloss: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
@@ -201,7 +211,7 @@ def cross_entropy_bwd(
         weight_sum = class_weight.sum(dtype=torch.float32)
     config = row_config(N)
     _cross_entropy_bwd_kernel[(ceil_div(rows, config.block_m) * ceil_div(N, config.block_n),)](
-        logits, target, class_weight, weight_sum, lse, dloss.contiguous(), dlogits,
+        logits, target, class_weight, weight_sum, row_max, log_sum, dloss.contiguous(), dlogits,
         logits.stride(0), logits.stride(1), target.shape[1], N, rows, ignore_index,
         label_smoothing, z_loss, 1.0 if softcap is None else softcap,
         HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,

@@ -87,6 +87,7 @@ def make_seed(op: str, seed, dropout_p: float, device: torch.device) -> torch.Te
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast lowers matrix products on this device, or None outside it."""
-    if torch.is_autocast_enabled(device.type):
+    # Autocast knows no meta device, and raises.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

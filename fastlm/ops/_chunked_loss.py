@@ -79,21 +79,19 @@ def chunked_linear_cross_entropy(
         classes = None if class_weight is None else class_weight.to(acc)
         options = _Options(label_smoothing, z_loss, softcap, need_dx or need_dweight or need_dbias)
         for rows in _chunks(target, ignore_index, weight.shape[0]):
-            x_c = x[rows].to(dtype)
+            x_c, y, kept = x[rows].to(dtype), target[rows], target[rows] != ignore_index
+            if x.device.type != "cpu":  # else there is no ignored row in the chunk
+                x_c = x_c.masked_fill(~kept[:, None], 0.0)  # not even its NaN reaches a gradient
             grad = None if dloss is None else dloss[rows].to(acc)
-            loss[rows], row_weight[rows], ds = _chunk(
-                x_c, *head, target[rows], classes, grad, ignore_index, options
-            )
+            loss[rows], row_weight[rows], ds = _chunk(x_c, *head, y, kept, classes, grad, options)
             if need_dbias:
                 dbias += ds.sum(0)
             if ds is not None:
                 ds = ds.to(dtype)
             if need_dx:
                 dx[rows] = (ds @ head[0]).to(acc)
-            if need_dweight and dtype == acc:
-                dweight.addmm_(ds.t(), x_c)
-            elif need_dweight:
-                dweight += ds.t() @ x_c
+            if need_dweight:
+                _add_product(dweight, ds, x_c)
         return loss, row_weight, dx, dweight, dbias
 
 
@@ -157,13 +155,22 @@ def _chunks(target: torch.Tensor, ignore_index: int, vocab: int):
         yield rows if index is None else index[rows]
 
 
-def _chunk(x, weight, bias, target, w, dloss, ignore_index, options: _Options):
+def _add_product(dweight: torch.Tensor, ds: torch.Tensor, x: torch.Tensor) -> None:
+    """dweight += ds.T @ x; a product in half precision is made in slices, and added in fp32."""
+    if dweight.dtype == ds.dtype:
+        dweight.addmm_(ds.t(), x)
+        return
+    size = max(_CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // (4 * x.shape[1] + 1), _CHUNK_ROWS)
+    for rows, columns in zip(dweight.split(size), ds.split(size, 1), strict=True):
+        rows += columns.t() @ x
+
+
+def _chunk(x, weight, bias, target, kept, w, dloss, options: _Options):
     """(loss, row_weight, dloss/dlogits) of some rows; formulas: `fastlm/reference/loss.py`.
 
     Works in place where it can: of (rows, vocab) there are two tensors, and s alone stays.
     """
     vocab, e = weight.shape[0], options.label_smoothing
-    kept = target != ignore_index
     y = torch.where(kept, target, 0).long()[:, None]
     s = F.linear(x, weight, bias)
     s = s.to(torch.promote_types(s.dtype, torch.float32))

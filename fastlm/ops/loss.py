@@ -29,7 +29,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def _cross_entropy_fwd_fake(
     logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap
 ):
-    return tuple(logits.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
+    return tuple(logits.new_empty(target.shape, dtype=torch.float32) for _ in range(4))
 
 
 @contract(_cross_entropy_fwd_fake)
@@ -41,7 +41,7 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastlm.kernels import loss
 
     return loss.cross_entropy_fwd(
@@ -50,8 +50,9 @@ def cross_entropy_fwd(
 
 
 def _cross_entropy_bwd_fake(
-    logits, target, class_weight, lse, dloss, ignore_index, label_smoothing, z_loss, softcap
-):
+    logits, target, class_weight, row_max, log_sum, dloss, ignore_index, label_smoothing, z_loss,
+    softcap,
+):  # fmt: skip
     return logits.new_empty(logits.shape)
 
 
@@ -60,7 +61,8 @@ def cross_entropy_bwd(
     logits: torch.Tensor,
     target: torch.Tensor,
     class_weight: torch.Tensor | None,
-    lse: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
     dloss: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
@@ -70,8 +72,9 @@ def cross_entropy_bwd(
     from fastlm.kernels import loss
 
     return loss.cross_entropy_bwd(
-        logits, target, class_weight, lse, dloss, ignore_index, label_smoothing, z_loss, softcap
-    )
+        logits, target, class_weight, row_max, log_sum, dloss,
+        ignore_index, label_smoothing, z_loss, softcap,
+    )  # fmt: skip
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -79,8 +82,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, class_weight, *options):
-        loss, lse, row_weight = cross_entropy_fwd(logits, target, class_weight, *options)
-        ctx.save_for_backward(logits, target, class_weight, lse)
+        loss, *lse, row_weight = cross_entropy_fwd(logits, target, class_weight, *options)
+        ctx.save_for_backward(logits, target, class_weight, *lse)
         ctx.options = options
         ctx.mark_non_differentiable(row_weight)
         return loss, row_weight
@@ -88,8 +91,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
-        logits, target, class_weight, lse = ctx.saved_tensors
-        dlogits = cross_entropy_bwd(logits, target, class_weight, lse, dloss, *ctx.options)
+        logits, target, class_weight, *lse = ctx.saved_tensors
+        dlogits = cross_entropy_bwd(logits, target, class_weight, *lse, dloss, *ctx.options)
         return dlogits, *[None] * (2 + len(ctx.options))
 
 
@@ -259,7 +262,7 @@ def _check_loss(
 def _require_number(op, arg, value, constraint, holds) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise fail(op, arg, constraint, type(value).__name__, TypeError)
-    if not (math.isfinite(value) and holds(value)):
+    if not (-math.inf < value < math.inf and holds(value)):  # Dynamo cannot trace math.isfinite
         raise fail(op, arg, constraint, value)
 
 

@@ -75,6 +75,7 @@ def linear_cross_entropy(
     if bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
         bias = bias.to(dtype)
+    x = x.masked_fill((target == ignore_index)[..., None], 0.0)
     return cross_entropy(
         F.linear(x.to(dtype), weight.to(dtype), bias),
         target,
