@@ -12,7 +12,7 @@ WORKERS ?= 2
 DEMO_OUT ?= demo_out
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
 .PHONY: demo test gpu-check lint format clean
