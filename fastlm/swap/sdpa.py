@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import types
 
+import torch
 import torch.nn.functional as F
-from torch import overrides
+from torch import nn, overrides
 
 from fastlm.ops.sdpa import scaled_dot_product_attention
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def activate_sdpa() -> SDPARoute:
@@ -49,7 +52,7 @@ class SDPARoute(overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._active and not types:
+        if self._active and all(kind in _PLAIN for kind in types):
             if func is F.scaled_dot_product_attention:
                 return scaled_dot_product_attention(*args, **kwargs)
             if func is F.multi_head_attention_forward:

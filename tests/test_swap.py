@@ -1,0 +1,725 @@
+"""swap, unswap, verify and the SDPA route, on torch.nn's modules and on blocks defined here."""
+
+import copy
+import io
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import check_modules, randomize
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+
+import fastlm
+from fastlm import layers
+from fastlm.swap import activate_sdpa, structure, swap, unswap, verify
+from fastlm.swap.fused import Fused
+from fastlm.testing import randn
+
+DIM, HEADS, HIDDEN = 12, 2, 20
+PAD = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+
+
+class TinyIntermediate(nn.Module):
+    def __init__(self, act=F.gelu):
+        super().__init__()
+        self.dense = nn.Linear(DIM, HIDDEN)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.dense(x))
+
+
+class TinyOutput(nn.Module):
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.dense = nn.Linear(DIM, DIM)
+        self.norm = nn.LayerNorm(DIM)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x, y):
+        return self.norm(y + self.drop(self.dense(x)))
+
+
+class TinyMLP(nn.Module):
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+        self.act, self.drop = nn.GELU(approximate="tanh"), nn.Dropout(p)
+
+    def forward(self, x):
+        return self.drop(self.down(self.drop(self.act(self.up(x)))))
+
+
+class TinyGatedMLP(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.up, self.gate = (nn.Linear(DIM, HIDDEN, bias=bias) for _ in range(2))
+        self.down, self.act = nn.Linear(HIDDEN, DIM, bias=bias), nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.up(x) * self.act(self.gate(x)))
+
+
+class TinyRMSNorm(nn.Module):
+    """Rounds as `casting` says."""
+
+    def __init__(self, casting="llama", dim=DIM):
+        super().__init__()
+        self.weight, self.eps, self.casting = nn.Parameter(torch.ones(dim)), 1e-6, casting
+
+    def forward(self, x):
+        wide = x.float() if x.dtype != torch.float64 else x
+        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.casting == "llama":
+            return self.weight * y.to(x.dtype)
+        if self.casting == "gemma":
+            return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
+        if self.casting == "torch":
+            return (y * self.weight.to(y.dtype)).to(x.dtype)
+        return (y * self.weight.to(y.dtype) ** 2).to(x.dtype)
+
+
+class Model(nn.Module):
+    """A bit of everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+        self.intermediate = TinyIntermediate()
+        self.shrink = nn.Linear(HIDDEN, DIM)
+        self.output = TinyOutput()
+        self.head = nn.Sequential(nn.RMSNorm(DIM), nn.Linear(DIM, 3))
+
+    def forward(self, x, padding=None):
+        x = self.encoder(x, src_key_padding_mask=padding)
+        return self.head(self.output(self.shrink(self.intermediate(x)), x))
+
+
+def encoder_layer(**options):
+    options = {"dropout": 0.0, "batch_first": True, **options}
+    return nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, **options)
+
+
+def decoder_layer(**options):
+    return nn.TransformerDecoderLayer(DIM, HEADS, HIDDEN, dropout=0.0, batch_first=True, **options)
+
+
+def x_of(seqlen=5, dim=DIM, seed=0):
+    return randn(3, seqlen, dim, seed=seed)
+
+
+SEQUENCE = {"src": x_of()}
+PADDED = {"src": x_of(), "src_key_padding_mask": PAD}
+TWO = {"tgt": x_of(4, seed=1), "memory": x_of()}
+PADDED_TWO = {**TWO, "memory_key_padding_mask": PAD}
+MODULES = {
+    "layer_norm": (lambda: nn.LayerNorm(DIM), {"input": x_of()}),
+    "layer_norm_two_dims": (lambda: nn.LayerNorm((5, DIM)), {"input": x_of()}),
+    "layer_norm_plain": (lambda: nn.LayerNorm(DIM, elementwise_affine=False), {"input": x_of()}),
+    "rms_norm": (lambda: nn.RMSNorm(DIM), {"x": x_of()}),
+    "attention": (
+        lambda: nn.MultiheadAttention(DIM, HEADS, batch_first=True),
+        {"query": x_of(4, seed=1), "key": x_of(), "value": x_of(), "key_padding_mask": PAD},
+    ),
+    "encoder_layer": (encoder_layer, PADDED),
+    "encoder_layer_prenorm": (lambda: encoder_layer(norm_first=True, activation="gelu"), SEQUENCE),
+    "decoder_layer": (decoder_layer, PADDED_TWO),
+    "encoder": (
+        lambda: nn.TransformerEncoder(encoder_layer(activation="gelu"), 2, nn.LayerNorm(DIM)),
+        PADDED,
+    ),
+    "decoder": (lambda: nn.TransformerDecoder(decoder_layer(norm_first=True), 2), PADDED_TWO),
+    "transformer": (
+        lambda: nn.Transformer(DIM, HEADS, 1, 1, HIDDEN, dropout=0.0, batch_first=True),
+        {"src": x_of(), "tgt": x_of(4, seed=1), "src_key_padding_mask": PAD},
+    ),
+    "intermediate": (TinyIntermediate, {"x": x_of()}),
+    "output": (TinyOutput, {"x": x_of(), "y": x_of(seed=1)}),
+    "mlp": (TinyMLP, {"x": x_of()}),
+    "gated_mlp": (TinyGatedMLP, {"x": x_of()}),
+    "gated_mlp_bias": (lambda: TinyGatedMLP(bias=True), {"x": x_of()}),
+    "rms_llama": (TinyRMSNorm, {"x": x_of()}),
+    "rms_gemma": (lambda: TinyRMSNorm("gemma"), {"x": x_of()}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODULES)
+def test_swap_matches(name, dtype):
+    build, inputs = MODULES[name]
+    reference = randomize(build())
+    module = copy.deepcopy(reference)
+    swap(module, strict=True)
+    check_modules(Positional(module), Positional(reference), inputs, dtype=dtype)
+
+
+class Positional(nn.Module):
+    """Passes the first inputs by position, as models do, and masks by name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        masks = {name: inputs.pop(name) for name in list(inputs) if name.endswith("mask")}
+        return self.module(*inputs.values(), **masks)
+
+
+def test_swap_keeps_the_modules_and_what_they_hold():
+    model = Model()
+    model.shrink.weight.requires_grad_(False)
+    model.output.norm.eval()
+    calls = []
+    model.output.register_forward_hook(lambda *_: calls.append("output"))
+    model.encoder.layers[1].register_forward_pre_hook(lambda *_: calls.append("layer"))
+    modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    flags = {name: (m.training, type(m)) for name, m in modules.items()}
+    report = swap(model, strict=True)
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state) and all(after[name] is state[name] for name in state)
+    assert not model.shrink.weight.requires_grad
+    for name, (training, cls) in flags.items():
+        assert modules[name].training == training and isinstance(modules[name], cls)
+    model(x_of())
+    assert calls == ["layer", "output"]
+    assert {row.name for row in report.replaced} >= {"encoder.layers.1", "intermediate", "head.0"}
+    unswap(model)
+    assert {name: type(m) for name, m in modules.items()} == {n: c for n, (_, c) in flags.items()}
+    assert dict(model.named_modules()) == modules
+
+
+def test_unswap_is_bitwise():
+    model = Model()
+    before, attributes = model(x_of(), PAD), [set(vars(m)) for m in model.modules()]
+    swap(model)
+    model(x_of(), PAD).sum().backward()
+    unswap(model)
+    assert torch.equal(model(x_of(), PAD), before)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    unswap(model)  # of what is not swapped: nothing
+
+
+def test_swap_is_idempotent():
+    model = Model()
+    first = swap(model)
+    classes, out = [type(m) for m in model.modules()], model(x_of())
+    assert swap(model, strict=True) == first
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(x_of()), out)
+
+
+def test_native_layers_stay():
+    model = nn.Sequential(layers.LayerNorm(DIM), nn.LayerNorm(DIM))
+    assert [row.name for row in swap(model).rows] == ["1"]
+    unswap(model)
+    assert type(model[0]) is layers.LayerNorm and type(model[1]) is nn.LayerNorm
+
+
+@pytest.mark.parametrize(
+    "only", ["norm", ["ffn"], ["attention"], ["layer"], ["norm", "*layers.0*"]]
+)
+def test_only(only):
+    model = Model()
+    report = swap(model, only=only)
+    kinds = {row.kind for row in report.rows}
+    names = {row.name for row in report.rows}
+    if "layer" in only:  # a fused layer needs its norms
+        assert kinds == {"layer", "norm"} and "output.norm" not in names
+        assert "encoder" in names and "encoder.layers.0.norm1" in names
+    elif len(only) == 2:
+        assert names == {"encoder.layers.0.norm1", "encoder.layers.0.norm2"}
+    else:
+        assert kinds == {only if isinstance(only, str) else only[0]}
+    randomize(model)
+    assert verify(model, x_of()).passed
+
+
+def test_only_names_everything():
+    report = swap(Model(), only=("attention", "ffn", "norm"))
+    assert {row.kind for row in report.rows} == {"attention", "ffn", "layer", "norm"}
+
+
+def test_report_prints_as_a_table():
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4), TinyIntermediate(F.mish))
+    text = str(swap(model))
+    assert text.splitlines() == [
+        "module  class             kind  count  runs                     left because",
+        "------  ----------------  ----  -----  -----------------------  " + "-" * 32,
+        "*       LayerNorm         norm  2      fastlm.layers.LayerNorm",
+        "*       TinyIntermediate  ffn   1                               "
+        "no fused form of mish(linear(x))",
+        "2 modules replaced, 1 left",
+    ]
+
+
+def raises(error, message):
+    return pytest.raises(error, match=f"^{re.escape(message)}$")
+
+
+def test_swap_errors():
+    with raises(TypeError, "swap: model must be a torch.nn.Module, got int"):
+        swap(1)
+    nothing = "swap: model must have at least one module with a counterpart in fastlm, got none"
+    with raises(ValueError, nothing):
+        swap(nn.Linear(2, 2))
+    left = "the model: no fused form of mish(linear(x))"
+    with raises(ValueError, f"{nothing} ({left})"):
+        swap(TinyIntermediate(F.mish))
+    model = nn.Sequential(nn.LayerNorm(4), TinyIntermediate(F.mish))
+    message = "swap: model must have counterparts for everything with strict=True, got "
+    with raises(ValueError, f"{message}1: no fused form of mish(linear(x))"):
+        swap(model, strict=True)
+    assert type(model[0]) is nn.LayerNorm
+    kinds = "'attention', 'ffn', 'layer', 'norm'"
+    with raises(ValueError, f"swap: only must be {kinds} or match a module's name, got 'norms'"):
+        swap(model, only="norms")
+    with raises(TypeError, "swap: only must have strings, got int"):
+        swap(model, only=[1])
+
+
+class OwnNorm(nn.LayerNorm):
+    def forward(self, input):
+        return input
+
+
+class SameNorm(nn.LayerNorm):
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-3)
+
+
+class OwnSublayer(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return x
+
+
+def own_forward():
+    norm = nn.LayerNorm(DIM)
+    norm.forward = lambda x: x
+    return norm
+
+
+def parametrized():
+    norm = nn.LayerNorm(DIM)
+    parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    return norm
+
+
+def with_rms_norm():
+    layer = encoder_layer()
+    layer.norm1 = nn.RMSNorm(DIM)
+    return layer
+
+
+def with_adapter():
+    block = TinyIntermediate()
+    block.dense = nn.Sequential(block.dense)
+    return block
+
+
+def hooked():
+    block = TinyIntermediate()
+    block.dense.register_forward_hook(lambda *_: None)
+    return block
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return self.dense(x) if self.training else x
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(DIM, DIM)
+
+
+class BranchingOutput(Branching):
+    pass
+
+
+class StatefulOutput(Branching):
+    def forward(self, x):
+        self.seen = x
+        return self.dense(x)
+
+
+LEFT = {
+    "own_norm": (lambda: OwnNorm(DIM), "OwnNorm overrides forward"),
+    "own_sublayer": (
+        lambda: OwnSublayer(DIM, HEADS, HIDDEN),
+        "OwnSublayer overrides _ff_block",
+    ),
+    "own_forward": (own_forward, "its forward was set on the instance"),
+    "parametrized": (parametrized, "it is parametrized"),
+    "with_rms_norm": (with_rms_norm, "norm1 is not a plain torch.nn.LayerNorm"),
+    "hooked": (hooked, "dense has hooks or a forward of its own"),
+    "unknown_activation": (
+        lambda: TinyIntermediate(nn.PReLU()),
+        "no fused form of PReLU(linear(x))",
+    ),
+    "branching": (BranchingOutput, "its forward is not a chain of its children"),
+    "stateful": (StatefulOutput, "its forward is not a chain of its children"),
+    "other_rms_norm": (
+        lambda: TinyRMSNorm("square"),
+        "its numbers are those of no casting of fastlm.rms_norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_with_the_reason(name):
+    build, reason = LEFT[name]
+    model = nn.Sequential(build(), nn.RMSNorm(DIM))
+    kind = type(model[0])
+    (row,) = [row for row in swap(model).rows if row.name == "0"]
+    assert (row.replaced, row.note, row.cls) == (False, reason, kind.__name__)
+    assert type(model[0]) is kind
+
+
+def test_subclasses_that_change_nothing_are_taken():
+    norm = SameNorm(DIM)
+    before = norm(x_of())
+    swap(norm)
+    assert isinstance(norm, (SameNorm, layers.LayerNorm)) and norm.eps == 1e-3
+    assert torch.equal(norm(x_of()), before)
+
+
+def test_adapters_keep_the_block_as_it_is():
+    model = nn.Sequential(with_adapter(), nn.LayerNorm(HIDDEN))
+    swap(model)
+    assert type(model[0]) is TinyIntermediate
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "pre_hook", "adapter", "forward", "parametrize", "prune"]
+)
+def test_changes_after_the_swap_are_seen(change):
+    """What is done to a child later (hooks, adapters, offloading) takes effect, as without swap."""
+    block, calls = TinyOutput(), []
+    reference = copy.deepcopy(block)
+    swap(block)
+    for module in (block, reference):
+        if change == "hook":
+            module.dense.register_forward_hook(lambda m, a, y: calls.append(1) or 2 * y)
+        elif change == "pre_hook":
+            module.norm.register_forward_pre_hook(lambda m, a: (2 * a[0],))
+        elif change == "adapter":
+            module.dense = nn.Sequential(module.dense, nn.Tanh())
+        elif change == "forward":
+            module.drop.forward = lambda x: 3 * x
+        elif change == "parametrize":
+            parametrize.register_parametrization(module.dense, "weight", nn.Tanh())
+        else:
+            prune.random_unstructured(module.dense, "weight", 5)
+    if change == "prune":
+        block.dense.weight_mask.copy_(reference.dense.weight_mask)
+    x, y = x_of(), x_of(seed=1)
+    torch.testing.assert_close(block(x, y), reference(x, y))
+    assert len(calls) == 2 * (change == "hook")
+
+
+def test_hooks_on_norms_of_a_layer_are_called():
+    layer, seen = encoder_layer(), []
+    reference = copy.deepcopy(layer)
+    swap(layer)
+    for module in (layer, reference):
+        module.norm1.register_forward_hook(lambda m, args, y: seen.append(args))
+    torch.testing.assert_close(layer(x_of()), reference(x_of()))
+    assert [len(args) for args in seen] == [1, 1]  # the sum, as torch passes it
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_follows_the_child(training):
+    block = TinyOutput(p=0.5)
+    block.drop.train(training)
+    swap(block)
+    x, y = x_of(), x_of(seed=1)
+    torch.manual_seed(3)
+    out = block(x, y)
+    torch.manual_seed(3)
+    want = fastlm.layer_norm(
+        block.dense(x), block.norm.weight, block.norm.bias, residual=y,
+        dropout_p=0.5 if training else 0.0,
+    )  # fmt: skip
+    assert torch.equal(out, want)
+    assert torch.equal(block(x, y), out) == (not training)
+
+
+def test_autocast_gives_torchs_dtypes(device):
+    model = nn.Sequential(TinyMLP(), nn.LayerNorm(DIM)).to(device)
+    block, x = TinyOutput().to(device), x_of().to(device)
+    with torch.autocast(device, torch.bfloat16):
+        before = model(x), block(x, x), block(x, x.bfloat16())
+        swap(model)
+        swap(block)
+        after = model(x), block(x, x), block(x, x.bfloat16())
+    assert [y.dtype for y in after] == [y.dtype for y in before]
+
+
+def test_copies_and_pickles_stay_swapped():
+    model = Model()
+    swap(model)
+    out = model(x_of())
+    buffer = io.BytesIO(pickle.dumps(model))
+    for other in (copy.deepcopy(model), pickle.load(buffer)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(other(x_of()), out)
+        unswap(other)
+        assert type(other.output) is TinyOutput
+    assert isinstance(model.output, Fused)
+
+
+def test_unswap_refuses_what_was_wrapped_since():
+    model = nn.Sequential(nn.LayerNorm(DIM))
+    swap(model)
+    parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    with pytest.raises(RuntimeError, match="^unswap: 0 must have the class that swap gave it, got"):
+        unswap(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    unswap(model)
+    assert type(model[0]) is nn.LayerNorm
+
+
+def test_padding_gives_one_shape_in_every_mode():
+    """torch's encoder drops trailing padding in evaluation; the swapped one never does."""
+    encoder = nn.TransformerEncoder(encoder_layer(), 2)
+    short = torch.tensor([[False] * 3 + [True] * 2] * 3)
+    swap(encoder)
+    out = encoder(x_of(), src_key_padding_mask=short)
+    encoder.eval()
+    with torch.no_grad():
+        assert torch.equal(encoder(x_of(), src_key_padding_mask=short), out)
+
+
+def test_compiles_in_one_graph():
+    model = Model()
+    swap(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x_of(), PAD), model(x_of(), PAD))
+
+
+def test_no_attribute_of_another_package_is_assigned():
+    def snapshot():
+        found = {}
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "torch":
+                found[name] = {key: id(value) for key, value in vars(module).items()}
+        for cls in (nn.Module, nn.LayerNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer):
+            found[cls] = {key: id(value) for key, value in vars(cls).items()}
+        return found
+
+    use = lambda model: verify(model, x_of())
+    use(Model())  # whatever torch imports lazily
+    before = snapshot()
+    model = Model()
+    swap(model)
+    use(model)
+    with activate_sdpa():
+        model(x_of())
+        assert snapshot() == before
+    unswap(model)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "children"),
+    [
+        (TinyIntermediate(), "act(linear(x))", ("act", "dense")),
+        (TinyOutput(), "norm(dropout(linear(x)) + y)", ("norm", "drop", "dense")),
+        (
+            TinyMLP(),
+            "dropout(linear(dropout(act(linear(x)))))",
+            ("drop", "down", "drop", "act", "up"),
+        ),
+        (TinyGatedMLP(), "linear(act(linear(x)) * linear(x))", ("down", "act", "gate", "up")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_formula(module, text, children):
+    found = structure.formula(module)
+    assert (found.text, found.children) == (text, children)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (F.gelu, "gelu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))), "gelu_tanh"),
+        (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
+        (torch.relu, "relu"),
+        (lambda x: torch.relu(x) ** 2, "relu2"),
+        (nn.SiLU(), "silu"),
+        (lambda x: torch.clip(F.gelu(x), -10, 10), None),
+        (nn.LeakyReLU(), None),
+        (nn.Mish(), None),
+        (nn.PReLU(init=0.0), None),  # relu until it is trained
+        (nn.Dropout(0.0), None),
+        (nn.Softmax(-1), None),
+        (torch.float64, None),
+        (lambda x: 1 / 0, None),
+    ],
+)
+def test_activations_are_told_apart_by_their_values(function, name):
+    assert structure.activation_name(function) == name
+
+
+@pytest.mark.parametrize("dim", [4, 64, 700])
+@pytest.mark.parametrize("casting", ["llama", "gemma", "torch"])
+def test_castings_are_told_apart_by_their_values(casting, dim):
+    assert structure.rms_casting(TinyRMSNorm(casting, dim), 1e-6) == casting
+    assert structure.rms_casting(TinyRMSNorm(casting, dim), 1e-2) is None
+
+
+def test_verify_reports_and_leaves_everything_as_it_was():
+    model = randomize(Model()).train()
+    model.head.eval()
+    flags = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    report = verify(model, {"x": x_of(), "padding": PAD})
+    assert report.passed and report.first_failure is None
+    assert [row.name for row in report.outputs] == ["output"]
+    trained = [f"grad of {name}" for name, p in model.named_parameters() if p.requires_grad]
+    assert [row.name for row in report.gradients] == trained
+    assert [row.name for row in report.modules] == ["encoder", "intermediate", "output", "head.0"]
+    assert str(report).endswith("every output and gradient is within its bound")
+    assert [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert type(model.output) is TinyOutput
+
+
+def test_verify_of_a_swapped_model_leaves_it_swapped():
+    model = randomize(Model())
+    swap(model, only=["ffn"])
+    classes = [type(m) for m in model.modules()]
+    report = verify(model, (x_of(), PAD))
+    assert report.passed and [row.name for row in report.modules] == ["intermediate"]
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_verify_names_the_first_module_that_is_wrong(monkeypatch):
+    from fastlm.swap import fused
+
+    right = fused.bias_act
+    monkeypatch.setattr(fused, "bias_act", lambda *a, **k: right(*a, **k) * 1.001)
+    report = verify(randomize(Model()), x_of())
+    assert not report.passed and report.first_failure == "intermediate"
+    assert "the first module past it: intermediate" in str(report)
+
+
+def test_verify_of_inputs_that_require_gradients():
+    x = x_of().requires_grad_()
+    report = verify(randomize(Model()), x)
+    assert report.passed and report.gradients[0].name == "grad of input"
+    assert x.grad is None
+
+
+def test_verify_errors():
+    with raises(TypeError, "verify: model must be a torch.nn.Module, got str"):
+        verify("model", x_of())
+    model = nn.Sequential(nn.LayerNorm(DIM), Rounded())
+    message = "verify: model must have a floating-point tensor among its outputs, got none"
+    with raises(ValueError, message):
+        verify(model, x_of())
+    assert type(model[0]) is nn.LayerNorm
+
+
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x.long()
+
+
+REFUSED = "scaled_dot_product_attention: dropout_p must be a number from 0 to 1, got 2.0"
+
+
+def routed(call) -> bool:
+    """Whether an attention with an impossible dropout raises fastlm's error, not torch's."""
+    with pytest.raises(Exception) as error:
+        call()
+    return str(error.value) == REFUSED
+
+
+def test_sdpa_route_is_active_within_its_context():
+    q = randn(2, 3, 5, 8)
+    bad = lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=2.0)
+    before = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    with activate_sdpa() as route:
+        assert routed(bad)
+        inside = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert not routed(bad)
+    torch.testing.assert_close(inside, before)
+    route.deactivate()  # a second time
+    route = activate_sdpa()
+    assert routed(bad)
+    route.deactivate()
+    assert not routed(bad)
+    with pytest.raises(KeyError), activate_sdpa():
+        raise KeyError
+    assert not routed(bad)
+
+
+def test_sdpa_route_leaves_other_modes_alone():
+    class Other(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen, q = [], randn(2, 3, 5, 8)
+    bad = lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=2.0)
+    route = activate_sdpa()
+    with Other():
+        assert routed(bad)
+        route.deactivate()  # before the mode that was entered after it
+        assert not routed(bad)
+        seen.clear()
+        torch.relu(q)
+        assert torch.relu in seen
+    assert not routed(bad)
+
+
+def test_sdpa_route_reaches_torchs_own_attention():
+    module = nn.MultiheadAttention(DIM, HEADS, dropout=0.5, batch_first=True)
+    x = x_of()
+    module.eval()
+    before, weights = module(x, x, x, key_padding_mask=PAD)
+    with activate_sdpa():
+        after = module(x, x, x, key_padding_mask=PAD, need_weights=False)[0]
+        with_weights = module(x, x, x, key_padding_mask=PAD)
+        module.dropout = 2.0
+        module.train()
+        assert routed(lambda: module(x, x, x, need_weights=False))
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(with_weights, (before, weights))
+
+
+def test_sdpa_route_differentiates_and_compiles():
+    q = randn(2, 3, 5, 8).requires_grad_()
+    call = lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3) * 2
+    (before,) = torch.autograd.grad(call(q).sum(), q)
+    with activate_sdpa():
+        (after,) = torch.autograd.grad(call(q).sum(), q)
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q), call(q))
+    torch.testing.assert_close(after, before)
+
+
+def test_sdpa_route_passes_tensor_subclasses_by():
+    class Counting(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.calls += func is F.scaled_dot_product_attention
+            return super().__torch_function__(func, types, args, kwargs)
+
+    q = randn(2, 3, 5, 8).as_subclass(Counting)
+    with activate_sdpa():
+        out = F.scaled_dot_product_attention(q, q, q)
+    assert Counting.calls == 1 and type(out) is Counting
