@@ -17,9 +17,10 @@ from fastlm.ops.attention_variants import attention_decode, attention_weights
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` over `fastlm.attention`.
 
-    A subclass, so state_dicts, initialisation and `isinstance` checks are torch.nn's own. Three
+    A subclass, so state_dicts, initialisation and `isinstance` checks are torch.nn's own. Four
     things differ: a query that may attend to no key gets zeros, where torch gives NaN;
-    `is_causal=True` needs no `attn_mask`; nested tensors are refused.
+    `is_causal=True` needs no `attn_mask`, and never hides the keys of `add_bias_kv` and
+    `add_zero_attn`, which torch does without `need_weights`; nested tensors are refused.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
