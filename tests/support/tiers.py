@@ -16,7 +16,14 @@ import pytest
 _OPS = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 _FILES = {
     "compile": ("test_compile",),
-    "repository": ("test_repository", "test_wheel", "test_readme", "test_harness", "test_tiers"),
+    "repository": (
+        "test_repository",
+        "test_wheel",
+        "test_readme",
+        "test_harness",
+        "test_tiers",
+        "test_gpu_check",
+    ),
 }
 _COUNTS = pytest.StashKey[Counter]()
 

@@ -1,0 +1,89 @@
+"""benchmarks/gpu_check.py, as far as a machine without a GPU goes."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.interpreter
+def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path):
+    run = [sys.executable, "-P", str(SCRIPT), "--out", str(tmp_path / "out")]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("gpu-check: no GPU that torch can use: torch is built for")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_missing_package_is_named_with_a_remedy(gpu_check):
+    with mock.patch.object(importlib.util, "find_spec", lambda name: None):
+        problems = gpu_check.missing()
+    for name in ("torch", "triton", "pytest", "fastlm"):
+        assert sum(problem.startswith(f"{name} is not installed") for problem in problems) == 1
+    assert all(": " in problem for problem in problems)
+
+
+def test_steps_begin_with_conformance(gpu_check, tmp_path):
+    steps = gpu_check.steps(tmp_path, quick=True)
+    assert [s.name for s in steps] == ["conformance", "gpu", "memcheck", "benchmarks"]
+    files = [Path(word).name for word in steps[0].command if word.endswith(".py")]
+    assert {"test_norm.py", "test_attention.py", "test_ffn.py", "test_loss.py"} <= set(files)
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "passed"), (1, "failed")])
+def test_run_keeps_the_log_and_the_last_line(gpu_check, tmp_path, capsys, code, status):
+    script = f"print('a'); print('3 passed'); print(); raise SystemExit({code})"
+    step = gpu_check.Step("gpu", [sys.executable, "-c", script])
+    gpu_check.run(step, tmp_path / "log")
+    assert (step.status, step.summary) == (status, "3 passed")
+    assert capsys.readouterr().out == (tmp_path / "log").read_text() == "a\n3 passed\n\n"
+
+
+def test_run_of_an_absent_tool_is_missing_and_not_passed(gpu_check, tmp_path):
+    step = gpu_check.Step("memcheck", ["no-such-sanitizer"])
+    gpu_check.run(step, tmp_path / "log")
+    assert (step.status, step.summary) == ("missing", "no-such-sanitizer is not installed")
+
+
+def test_smallest_launches_every_kernel(gpu_check, device):
+    """The calls for compute-sanitizer meet every kernel of the golden table."""
+    from compile_gate import read_golden
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    original = {cls: cls.run for cls in (InterpretedFunction, JITFunction)}
+
+    def recording(cls):
+        def run(self, *args, **kwargs):
+            launched.add(self.fn.__name__.strip("_"))
+            return original[cls](self, *args, **kwargs)
+
+        return run
+
+    for cls in original:
+        cls.run = recording(cls)
+    try:
+        torch.manual_seed(0)
+        gpu_check.smallest(device)
+    finally:
+        for cls, run in original.items():
+            cls.run = run
+    assert launched == {kernel.split("#")[0] for _, _, kernel in read_golden()}
