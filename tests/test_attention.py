@@ -114,6 +114,15 @@ def test_attention_pairs_of_options(names):
     run_oracle("torch", tensors, **options)
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (2, 1, 4, 1), (1, 4, 1, 5), (4, 4, 5)])
+@pytest.mark.parametrize("other", ["mask", "causal", "bias", "sinks"])
+def test_attention_masks_broadcast(shape, other):
+    tensors, options = case(other, dtype=torch.float32)
+    options["mask"] = torch.as_tensor(randn(*shape, seed=9) > -0.5)
+    run_oracle("torch", tensors, **options)
+    run_oracle("torch", tensors, frozen=("bias",), **options)
+
+
 def test_attention_head_masks_with_gqa():
     tensors, _ = case(dtype=torch.float32)
     mask = randn(2, 4, 4, 5, seed=9) > 0  # heads of one group see different keys
@@ -131,6 +140,7 @@ def test_attention_head_masks_with_gqa():
         ({"bias": torch.zeros(20, 24, requires_grad=True)}, False),
         ({"seqlens_k": torch.tensor([7])}, True),
         ({"window": (3, 0), "softmax_scale": 0.5}, True),
+        ({"window": (None, None)}, True),
         ({"softcap": 5.0}, False),
         ({"return_lse": True}, False),
         ({"dropout_p": 0.1}, False),
@@ -159,6 +169,7 @@ def test_attention_uses_the_fused_function_of_torch(options, fused, monkeypatch)
 def test_attention_never_reads_what_is_masked(options):
     inputs = small("cpu")
     scores, allowed = reference.masked_scores(inputs["q"], inputs["k"], **options)
+    allowed = allowed.expand_as(scores)
     unseen = ~allowed.any(-2).any(1).any(0)  # (seqlen_k,)
     unseeing = ~allowed.any(-1).any(1).any(0)  # (seqlen_q,)
     assert unseen.any() or unseeing.any()

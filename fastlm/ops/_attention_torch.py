@@ -65,10 +65,15 @@ def _fused(q, k, v, options: dict) -> torch.Tensor:
         # torch aligns top-left: the same diagonal for a square, and no mask for one last query.
         diagonal = bool(causal) and not (causal != "top_left" and seqlen_q == 1)
         return _sdpa(q, k, v, options, is_causal=diagonal)
-    distance = key_distances(seqlen_q, seqlen_k, causal, None, options["seqlens_k"], q.device)
+    window, seqlens_k, distance = options["window"], options["seqlens_k"], None
+    if causal or window is not None:
+        distance = key_distances(seqlen_q, seqlen_k, causal, None, seqlens_k, q.device)
     allowed = allowed_pairs(
-        distance, causal, options["window"], options["mask"], bias, None, options["seqlens_k"]
-    )
+        seqlen_q, seqlen_k, distance, causal, window, options["mask"], bias, None, seqlens_k,
+        q.device,
+    )  # fmt: skip
+    if allowed is None:  # a window without sides
+        return _sdpa(q, k, v, options)
     if k.shape[2] != q.shape[2] and allowed.shape[1] > 1:
         group = q.shape[2] // k.shape[2]  # heads of a group may see different keys
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)

@@ -144,8 +144,9 @@ def attention(
     Returns:
         out (batch, seqlen_q, nheads, headdim_v), contiguous, in the common dtype; with `return_lse`
         (out, lse), lse (batch, nheads, seqlen_q) in fp32 (fp64 for fp64). Differentiable in q, k,
-        v, bias or its table, alibi_slopes and sinks, through out and lse. A query that sees no key
-        has out 0, lse -inf and gradient 0. Keys that no query sees may hold NaN.
+        v, bias or its table, alibi_slopes and sinks, through out and lse; twice by the reference,
+        once by fused kernels. A query that sees no key has out 0, lse -inf and gradient 0. Keys
+        that no query sees may hold NaN.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.

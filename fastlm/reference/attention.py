@@ -180,11 +180,15 @@ def masked_scores(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores (batch, nheads, seqlen_q, seqlen_k) in the dtype of q, and where they are allowed."""
-    distance = key_distances(q.shape[1], k.shape[1], causal, seqlens_q, seqlens_k, q.device)
-    if isinstance(bias, RelativeBias):
+    lengths, nheads, distance = (q.shape[1], k.shape[1]), q.shape[2], None
+    relative = isinstance(bias, RelativeBias)
+    if causal or window is not None or relative or alibi_slopes is not None:
+        distance = key_distances(*lengths, causal, seqlens_q, seqlens_k, q.device)
+    if relative:
         bias = bias.values(distance)
-    allowed = allowed_pairs(distance, causal, window, mask, bias, seqlens_q, seqlens_k)
-    nheads = q.shape[2]
+    allowed = allowed_pairs(
+        *lengths, distance, causal, window, mask, bias, seqlens_q, seqlens_k, q.device
+    )
     q, k = _heads_first(q, nheads), _heads_first(k, nheads)
     if allowed is not None:
         # 0 * NaN is NaN: what no pair uses must be gone before the products, here and in backward.

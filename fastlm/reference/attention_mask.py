@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -29,19 +31,24 @@ def key_distances(
 
 
 def allowed_pairs(
-    distance: torch.Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    distance: torch.Tensor | None,
     causal: bool | str,
     window: tuple[int | None, int | None] | None,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     seqlens_q: torch.Tensor | None,
     seqlens_k: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor | None:
-    """True where a query may attend to a key, (batch or 1, nheads or 1, seqlen_q, seqlen_k).
+    """True where a query may attend to a key; four dimensions that broadcast to the scores'.
 
     None where every query may attend to every key, and there is a key. A bias of -inf forbids.
+    `distance` is that of `key_distances`, needed for causal and window alone.
     """
-    seqlen_q, seqlen_k = distance.shape[-2:]
+    if seqlen_k == 0:  # no query has a key, whatever the conditions
+        return torch.ones(1, 1, seqlen_q, 0, dtype=torch.bool, device=device)
     conditions = [] if mask is None else [mask]
     if causal:
         conditions.append(distance <= 0)
@@ -51,17 +58,14 @@ def allowed_pairs(
     if right is not None:
         conditions.append(distance <= right)
     if seqlens_k is not None:
-        key = torch.arange(seqlen_k, device=distance.device)
+        key = torch.arange(seqlen_k, device=device)
         conditions.append(key < seqlens_k.view(-1, 1, 1, 1))
     if seqlens_q is not None:
-        query = torch.arange(seqlen_q, device=distance.device)[:, None]
+        query = torch.arange(seqlen_q, device=device)[:, None]
         conditions.append(query < seqlens_q.view(-1, 1, 1, 1))
     if bias is not None:
         conditions.append(bias != float("-inf"))
-    if not conditions and seqlen_k > 0:
+    if not conditions:
         return None
-    allowed = torch.ones((), dtype=torch.bool, device=distance.device)
-    allowed = allowed.expand(1, 1, seqlen_q, seqlen_k)
-    for condition in conditions:
-        allowed = allowed & condition
-    return allowed
+    allowed = functools.reduce(torch.logical_and, conditions)
+    return allowed[(None,) * (4 - allowed.dim())]
