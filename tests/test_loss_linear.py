@@ -1,0 +1,397 @@
+"""linear_cross_entropy against the fp64 reference and torch."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from fastlm.ops import _chunked_loss
+from fastlm.reference import loss as reference
+from fastlm.shapes import LOSS_LARGE, LOSS_SMALL
+from fastlm.testing import (
+    LAYOUTS,
+    assert_close,
+    check_against_reference,
+    nan_filled_empty,
+    randn,
+    with_layout,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+OPTIONS = {
+    "bias": torch.float32,
+    "class_weight": torch.float32,
+    "ignore_index": 3,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 2.0,
+}
+DATA = ("bias", "class_weight", "ignore_index")
+PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTIONS, 2)]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 4 rows, and half-precision products in slices of 5 classes."""
+    monkeypatch.setattr(_chunked_loss, "_CHUNK", {"cpu": 64})
+    monkeypatch.setattr(_chunked_loss, "_CHUNK_ELSEWHERE", 64)
+    monkeypatch.setattr(_chunked_loss, "_CHUNK_ROWS", 4)
+
+
+def head_inputs(
+    tokens, vocab, dim, dtype, device, *, bias=None, class_weight=None, ignore_index=-100
+):
+    """Hidden states, a head and targets, every third ignored; dtypes of bias and class weights."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(0, vocab, (tokens,), generator=generator)
+    target[1::3] = ignore_index
+    inputs = {
+        "x": randn(tokens, dim, dtype=dtype, device=device),
+        "weight": randn(vocab, dim, dtype=dtype, device=device, seed=2, scale=3 * dim**-0.5),
+        "target": target.to(device),
+    }
+    if bias is not None:
+        inputs["bias"] = randn(vocab, dtype=bias, device=device, seed=3)
+    if class_weight is not None:
+        inputs["class_weight"] = randn(vocab, device=device, seed=4).abs().to(class_weight)
+    return inputs
+
+
+def run_oracle(inputs, gold=reference.linear_cross_entropy, frozen=(), **options):
+    with nan_filled_empty():
+        return check_against_reference(
+            fastlm.linear_cross_entropy,
+            gold,
+            inputs,
+            frozen=("class_weight", *frozen),
+            **options,
+        )
+
+
+def gradients(inputs, **options):
+    names = [n for n in ("x", "weight", "bias") if n in inputs]
+    leaves = {n: inputs[n].detach().requires_grad_() for n in names}
+    loss = fastlm.linear_cross_entropy(**{**inputs, **leaves}, **options)
+    return loss, *torch.autograd.grad(loss.sum(), list(leaves.values()))
+
+
+def rows_ignored(inputs):
+    return (inputs["target"] == -100).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LOSS_SMALL)
+def test_linear_cross_entropy_shapes(shape, dtype, small_chunks, device):
+    s = LOSS_SMALL[shape]
+    run_oracle(head_inputs(s.tokens, s.vocab, s.dim, dtype, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LOSS_LARGE)
+def test_linear_cross_entropy_shapes_large(shape, dtype, device):
+    s = LOSS_LARGE[shape]
+    run_oracle(head_inputs(s.tokens // 8, s.vocab, s.dim, dtype, device))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("names", [*PAIRS, tuple(OPTIONS)], ids="-".join)
+def test_linear_cross_entropy_options(names, reduction, small_chunks, device):
+    options = {name: OPTIONS[name] for name in names}
+    data = {name: options[name] for name in DATA if name in options}
+    inputs = head_inputs(19, 23, 6, torch.float32, device, **data)
+    options = {n: v for n, v in options.items() if n not in ("bias", "class_weight")}
+    run_oracle(inputs, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_options_in_half_precision(reduction, dtype, small_chunks, device):
+    inputs = head_inputs(19, 23, 6, dtype, device, bias=dtype, class_weight=dtype, ignore_index=3)
+    options = {n: v for n, v in OPTIONS.items() if n not in ("bias", "class_weight")}
+    run_oracle(inputs, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cross_entropy_is_torch(dtype, reduction, small_chunks, device):
+    def gold(x, weight, target, bias, **options):
+        return F.cross_entropy(F.linear(x, weight, bias), target, **options)
+
+    inputs = head_inputs(19, 23, 6, dtype, device, bias=dtype)
+    run_oracle(inputs, gold, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)), ids=str)
+def test_linear_cross_entropy_mixed_dtypes(dtypes, small_chunks, device):
+    x, weight, bias = dtypes
+    inputs = head_inputs(9, 23, 6, x, device, bias=bias)
+    inputs["weight"] = inputs["weight"].to(weight)
+    run_oracle(inputs)
+
+
+def test_linear_cross_entropy_gradcheck(small_chunks):
+    inputs = head_inputs(
+        7, 6, 3, torch.float64, "cpu", bias=torch.float64, class_weight=torch.float64
+    )
+    target, class_weight = inputs.pop("target"), inputs.pop("class_weight")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    for fn, reduction in itertools.product(
+        (fastlm.linear_cross_entropy, reference.linear_cross_entropy), REDUCTIONS
+    ):
+        check = lambda x, weight, bias, fn=fn, reduction=reduction: fn(
+            x, weight, target, bias=bias, class_weight=class_weight, label_smoothing=0.1,
+            z_loss=0.1, softcap=2.0, reduction=reduction,
+        )  # fmt: skip
+        assert torch.autograd.gradcheck(check, leaves)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_chunks_agree(reduction, monkeypatch, device):
+    inputs = head_inputs(50, 23, 6, torch.float64, device, bias=torch.float64)
+    whole = gradients(inputs, reduction=reduction)
+    monkeypatch.setattr(_chunked_loss, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(_chunked_loss, "_CHUNK", {"cpu": 1})
+    monkeypatch.setattr(_chunked_loss, "_CHUNK_ELSEWHERE", 1)
+    for a, b in zip(gradients(inputs, reduction=reduction), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 2, 3)], ids=str)
+def test_linear_cross_entropy_leading_dimensions(shape, device):
+    inputs = head_inputs(torch.Size(shape).numel(), 19, 5, torch.float32, device)
+    inputs["x"], inputs["target"] = inputs["x"].view(*shape, 5), inputs["target"].view(shape)
+    for reduction in REDUCTIONS:
+        run_oracle(inputs, reduction=reduction)
+    assert fastlm.linear_cross_entropy(**inputs, reduction="none").shape == shape
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_makes_no_logits(reduction):
+    """No allocation is as large as (tokens, vocab) floats, forward or backward."""
+    inputs = head_inputs(1100, 16384, 4, torch.float32, "cpu")
+    inputs["target"].clamp_(min=0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gradients(inputs, reduction=reduction)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 512 * 16384 * 4 <= largest < 600 * 16384 * 4
+
+
+def test_linear_cross_entropy_ignored_rows_are_not_computed(small_chunks, device):
+    inputs = head_inputs(19, 23, 6, torch.float32, device)
+    clean = gradients({**inputs, "x": inputs["x"].index_fill(0, rows_ignored(inputs), 0.0)})
+    dirty = gradients({**inputs, "x": inputs["x"].index_fill(0, rows_ignored(inputs), torch.nan)})
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not dirty[1][1::3].any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction,passes", [("mean", 1), ("none", 2)])
+def test_linear_cross_entropy_multiplies_kept_rows_alone(reduction, passes, monkeypatch):
+    rows, chunk = [], _chunked_loss._chunk
+    monkeypatch.setattr(
+        _chunked_loss, "_chunk", lambda x, *rest: rows.append(len(x)) or chunk(x, *rest)
+    )
+    inputs = head_inputs(90, 23, 6, torch.float32, "cpu")
+    gradients(inputs, reduction=reduction)
+    assert sum(rows) == 60 * passes
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_of_nothing_is_zero(reduction, device):
+    inputs = head_inputs(6, 9, 4, torch.float32, device, bias=torch.float32)
+    inputs["target"].fill_(-100)
+    assert not any(t.any() for t in gradients(inputs, reduction=reduction, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+def test_linear_cross_entropy_empty_batch(shape, device):
+    weight = randn(5, 8, device=device)
+    target = torch.zeros(shape[:-1], device=device, dtype=torch.int64)
+    inputs = {"x": torch.zeros(shape, device=device), "weight": weight, "target": target}
+    for reduction in REDUCTIONS:
+        loss, dx, dweight = gradients(inputs, reduction=reduction)
+        assert loss.shape == (shape[:-1] if reduction == "none" else ())
+        assert dx.shape == shape and not loss.any() and not dweight.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("outside", [-1, 9])
+def test_linear_cross_entropy_target_outside_raises_on_cpu(outside):
+    inputs = head_inputs(6, 9, 4, torch.float32, "cpu")
+    inputs["target"][3] = outside
+    message = f"linear_cross_entropy: target must be ignore_index or from 0 to 8, got {outside}"
+    with pytest.raises(IndexError, match=re.escape(message)):
+        fastlm.linear_cross_entropy(**inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", ["x", "weight"])
+def test_linear_cross_entropy_layouts(what, layout, reduction, small_chunks, device):
+    inputs = head_inputs(8, 12, 6, torch.float64, device)
+    if layout == "expanded":
+        inputs[what] = inputs[what][:1].repeat(len(inputs[what]), 1)
+    expected = gradients(inputs, reduction=reduction)
+    actual = gradients({**inputs, what: with_layout(inputs[what], layout)}, reduction=reduction)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_linear_cross_entropy_expanded_incoming_gradient(small_chunks, device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device)
+    x = inputs["x"].requires_grad_()
+    loss = fastlm.linear_cross_entropy(**inputs, reduction="none")
+    (summed,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    (ones,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert torch.equal(summed, ones)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_twice_and_inputs_unmodified(reduction, small_chunks, device):
+    inputs = head_inputs(
+        9, 12, 6, torch.float32, device, bias=torch.float32, class_weight=torch.float32
+    )
+    before = {n: t.clone() for n, t in inputs.items()}
+    leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias")]
+    loss = fastlm.linear_cross_entropy(
+        **inputs, label_smoothing=0.1, z_loss=0.1, softcap=2.0, reduction=reduction
+    ).sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    doubled = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, doubled, strict=True))
+    assert all(torch.equal(inputs[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "frozen", [("x", "weight"), ("x", "bias"), ("weight", "bias")], ids="-".join
+)
+def test_linear_cross_entropy_frozen_inputs(frozen, reduction, small_chunks, device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device, bias=torch.float32)
+    run_oracle(inputs, frozen=frozen, reduction=reduction)
+    run_oracle(inputs, frozen=frozen[:1], reduction=reduction)
+
+
+def test_linear_cross_entropy_frozen_weight_costs_nothing(small_chunks, device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device)
+    inputs["x"].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fastlm.linear_cross_entropy(**inputs)
+    assert not any(t.numel() == inputs["weight"].numel() for t in saved)
+
+
+def test_linear_cross_entropy_no_grad_saves_and_differentiates_nothing(monkeypatch, device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device)
+    expected = gradients(inputs)[0]
+    inputs["weight"].requires_grad_()
+    monkeypatch.setattr(_chunked_loss, "_add_product", None)  # would be called for dweight
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            loss = fastlm.linear_cross_entropy(**inputs)
+    assert not saved and not loss.requires_grad and torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cross_entropy_autocast(dtype, reduction, small_chunks, device):
+    inputs = head_inputs(9, 12, 6, dtype, device)
+
+    def under_autocast(fn):
+        def wrapped(**kw):
+            lower = kw["x"].dtype != torch.float64
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=lower):
+                loss = fn(**kw, reduction=reduction)
+            assert loss.dtype == (torch.float32 if lower else torch.float64)
+            return loss
+
+        return wrapped
+
+    def eager(x, weight, target, reduction):
+        return F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
+
+    check_against_reference(
+        under_autocast(fastlm.linear_cross_entropy), under_autocast(eager), inputs
+    )
+
+
+def test_linear_cross_entropy_fp16_gradients_do_not_underflow(device):
+    """The mean's 1 / tokens meets the loss scale before anything is rounded to fp16."""
+    inputs = head_inputs(4096, 64, 4, torch.float16, device)
+
+    def grads(fn, dtype):
+        leaves = {n: inputs[n].to(dtype).requires_grad_() for n in ("x", "weight")}
+        with torch.autocast(device, dtype=torch.float16, enabled=dtype == torch.float16):
+            loss = fn(**{**inputs, **leaves}) * 2.0**12
+        return torch.autograd.grad(loss, list(leaves.values()))
+
+    def eager(x, weight, target):
+        return F.cross_entropy(F.linear(x, weight), target)
+
+    actual = grads(fastlm.linear_cross_entropy, torch.float16)
+    same, gold = grads(eager, torch.float16), grads(eager, torch.float64)
+    for name, *tensors in zip(("dx", "dweight"), actual, same, gold, strict=True):
+        assert_close(name, *tensors)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_linear_cross_entropy_compiles_fullgraph(dynamic, small_chunks, device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device, bias=torch.float32)
+    target = inputs.pop("target")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+
+    def fn(x, weight, bias):
+        mean = fastlm.linear_cross_entropy(x, weight, target, bias=bias, z_loss=0.1)
+        rows = fastlm.linear_cross_entropy(x, weight, target, softcap=3.0, reduction="none")
+        return mean + rows.square().sum()
+
+    expected = torch.autograd.grad(fn(*leaves), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*leaves), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_linear_cross_entropy_opcheck(device):
+    inputs = head_inputs(9, 12, 6, torch.float32, device, class_weight=torch.float32)
+    x, weight, target, class_weight = inputs.values()
+    for dloss, need in ((None, True), (randn(9, device=device), True), (None, False)):
+        args = (x, weight, weight[:, 0], target, class_weight, dloss, torch.float32)
+        options = (-100, 0.1, 0.01, 2.0, need, need, need)
+        op = torch.ops.fastlm.chunked_linear_cross_entropy.default
+        torch.library.opcheck(op, (*args, *options))
+
+
+X, WEIGHT, TARGET = torch.ones(2, 4), torch.ones(8, 4), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"x": TARGET}, "x must have a floating-point dtype, got torch.int64"),
+    ({"x": torch.ones(())}, "x must have shape (..., dim), got ()"),
+    ({"weight": torch.ones(8, 5)},
+     "weight must have shape (vocab, dim) = (at least 1, 4), got (8, 5)"),
+    ({"weight": torch.ones(0, 4)},
+     "weight must have shape (vocab, dim) = (at least 1, 4), got (0, 4)"),
+    ({"weight": WEIGHT.to("meta")},
+     "weight must be on the device of the first input, cpu, got meta"),
+    ({"bias": torch.ones(4)}, "bias must have shape (vocab,) = (8,), got (4,)"),
+    ({"target": torch.zeros(3, dtype=torch.int64)},
+     "target must have shape (...) of x (..., dim) = (2,), got (3,)"),
+    ({"class_weight": torch.ones(4)}, "class_weight must have shape (vocab,) = (8,), got (4,)"),
+    ({"softcap": -1}, "softcap must be None or a finite number above 0, got -1"),
+    ({"impl": "triton"},
+     "fastlm has no triton kernel for linear_cross_entropy; use impl='torch'"),
+])  # fmt: skip
+def test_linear_cross_entropy_errors(change, message):
+    with pytest.raises(
+        (TypeError, ValueError, NotImplementedError),
+        match=re.escape(f"linear_cross_entropy: {message}"),
+    ):
+        fastlm.linear_cross_entropy(**{"x": X, "weight": WEIGHT, "target": TARGET, **change})
