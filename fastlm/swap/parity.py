@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fastlm.ops._check import fail
 from fastlm.swap import huggingface
@@ -188,7 +190,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _run_fp64(model, inputs, names) -> dict[str, dict[str, torch.Tensor]]:
-    return _run(copy.deepcopy(model).double(), inputs, names, torch.float64)
+    with _SoftmaxInFp64():
+        return _run(copy.deepcopy(model).double(), inputs, names, torch.float64)
+
+
+class _SoftmaxInFp64(TorchFunctionMode):
+    """Widens a softmax that a model fixes to fp32: there fp64's masking constants would overflow to
+    -inf, and rows of padding to NaN."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+_SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 def _run(model, inputs, names, dtype=None) -> dict[str, dict[str, torch.Tensor]]:
