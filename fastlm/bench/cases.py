@@ -41,6 +41,7 @@ class Case:
 
     Attributes:
         op, shape: the operator's family, and a name of the case that holds its sizes.
+        function, options: the function of fastlm that it calls, and with what besides `tensors`.
         tensors: inputs by name; floating-point ones get gradients.
         reference: the specification; called like the providers, with `tensors` by name.
         providers: functions by name; "torch" is what others are compared with.
@@ -52,6 +53,8 @@ class Case:
 
     op: str
     shape: str
+    function: str
+    options: Mapping[str, object]
     dtype: torch.dtype
     tensors: Mapping[str, torch.Tensor]
     reference: Fn
@@ -90,10 +93,17 @@ def attention_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> It
     for name, s in _first(table, quick):
         for variant in ("full", "causal", "padding", "bias"):
             if variant != "padding" or not quick:
-                yield _attention_case(name, s, variant, device, dtype)
+                yield attention_case(name, s, variant, device, dtype)
 
 
-def _attention_case(name, s: shapes.AttentionShape, variant, device, dtype) -> Case:
+def attention_case(
+    name: str,
+    s: shapes.AttentionShape,
+    variant: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Case:
+    """One case; `variant` is full, causal, padding or bias."""
     heads = lambda n, seqlen, seed: randn(
         s.batch, seqlen, n, s.headdim, dtype=dtype, device=device, seed=seed
     )
@@ -292,7 +302,7 @@ def _case(family, shape, op, tensors, options, torch_fn, work, parts=None) -> Ca
             unavailable[f"fastlm-{impl}"] = reason
     dtype = next(x.dtype for x in tensors.values() if x.is_floating_point())
     return Case(
-        op=family, shape=shape, dtype=dtype, tensors=tensors,
+        op=family, shape=shape, function=op, options=options, dtype=dtype, tensors=tensors,
         reference=lambda **x: specification(**x, **options), providers=providers, work=work,
         parts=parts or {}, unavailable=unavailable,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 
 from fastlm.bench.cases import CASES
 from fastlm.bench.results import append_csv, plot, table
-from fastlm.bench.run import DIRECTIONS, run_case
+from fastlm.bench.run import directions_of, run_case
 from fastlm.cli._options import add_device, device_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.csv, args.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    directions = DIRECTIONS[:2] if args.quick else DIRECTIONS
     rows, failures, unavailable = [], [], set()
     for op in args.op or (_QUICK_OPS if args.quick else CASES):
         for case in CASES[op](device, dtype, args.quick):
@@ -50,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
                 f"{case.op} {case.shape} {provider}: {why}"
             )
             seconds = 0.25 if args.quick else 1.0
-            new = run_case(case, directions=directions, seconds=seconds, failed=failed)
+            new = run_case(
+                case, directions=directions_of(op, args.quick), seconds=seconds, failed=failed
+            )
             if new:
                 print(table(new), end="\n\n", flush=True)
             rows += new

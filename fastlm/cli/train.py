@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     saved = Checkpoint.load(out) if args.resume else None
     settings, data = _resumed(saved, given, args.data) if saved else (Settings(**given), args.data)
     corpus = load_corpus(data or [])
-    print(corpus)
+    print(corpus, flush=True)
     trainer = Trainer(settings, corpus, [str(path) for path in data or []], device)
     if saved is not None:
         trainer.restore(saved)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
           f"{settings.batch_size * settings.accumulate} x {settings.context} bytes")  # fmt: skip
     held_out = evaluation_windows(corpus.held_out, settings.context, args.eval_bytes)
     bigram = bigram_bits(fit_bigram(corpus.train), *held_out)
-    print(f"byte bigram: {bigram:.4f} bits per byte on the held-out text")
+    print(f"byte bigram: {bigram:.4f} bits per byte on the held-out text", flush=True)
     curve = Curve(out / "loss.csv", trainer.step_count)
     try:
         bits = _train(trainer, held_out, curve, out / FILE_NAME, args)

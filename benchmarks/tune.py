@@ -1,0 +1,175 @@
+"""Sweeps launch configurations on a GPU and prints the row for `kernels/configs.py`.
+
+    python benchmarks/tune.py attention --part fwd --headdim 128
+    python benchmarks/tune.py rows --op layer_norm --cols 4096
+
+Every candidate is compiled, checked against the oracle and timed on the pass that it belongs to.
+What does not fit the device, or fails the check, is left out and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastlm import shapes
+from fastlm.bench.cases import CASES, Case, attention_case
+from fastlm.bench.run import run_case
+from fastlm.kernels.configs import AttentionConfig, RowConfig, next_power_of_2, target
+
+PROVIDER = "fastlm-triton"
+# Which launchers read which part of the attention table, and the pass that shows its effect.
+PARTS = {
+    "fwd": ("attention_fwd", "forward"),
+    "delta": ("attention_bwd", "backward"),
+    "dq": ("attention_bwd", "backward"),
+    "dkv": ("attention_bwd", "backward"),
+}
+ROW_OPS = {
+    "layer_norm": ("norm", "norm"),
+    "rms_norm": ("norm", "norm"),
+    "cross_entropy": ("loss", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    config: object
+    median_ms: float
+    rate: float
+    unit: str
+
+
+def attention_candidates() -> Iterator[AttentionConfig]:
+    for m, n, warps, stages in itertools.product(
+        (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
+    ):
+        if m * n >= 32 * 32 * warps // 4:  # smaller tiles leave warps without work
+            yield AttentionConfig(m, n, warps, stages)
+
+
+def row_candidates(cols: int) -> Iterator[RowConfig]:
+    widest = min(max(next_power_of_2(cols), 16), 8192)
+    for m, n, warps in itertools.product((1, 2, 4, 8, 16), (widest, widest // 2), (1, 2, 4, 8, 16)):
+        # All columns in one tile, or the kernel takes its looping path, which one row a tile suits.
+        if n >= 16 and m * n <= 16384 and (n == widest or m == 1):
+            yield RowConfig(m, n, warps)
+
+
+@contextlib.contextmanager
+def patched(module: str, name: str, make) -> Iterator[None]:
+    """Within it, a launcher's module finds `make(original)` under the name of a config function."""
+    launcher = importlib.import_module(f"fastlm.kernels.{module}")
+    original = getattr(launcher, name)
+    setattr(launcher, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(launcher, name, original)
+
+
+def sweep(case: Case, direction: str, module: str, name: str, choose, candidates) -> list[Result]:
+    """Times the candidates that compile and pass, fastest first."""
+    case.providers.pop("torch", None)  # each candidate is judged by the oracle alone
+    results, rejected = [], {}
+    for config in candidates:
+        why = []
+        with patched(module, name, lambda original, config=config: choose(original, config)):
+            rows = run_case(
+                case,
+                directions=[direction],
+                seconds=0.1,
+                failed=lambda _, reason, why=why: why.append(reason),
+            )
+        if not rows:
+            rejected[config] = why[0] if why else "no triton backend here"
+            continue
+        results.append(Result(config, rows[0].median_ms, rows[0].rate, rows[0].unit))
+        print(
+            f"{config}  {rows[0].median_ms:.4f} ms  {rows[0].rate:.4g} {rows[0].unit}", flush=True
+        )
+    for config, why in rejected.items():
+        print(f"left out: {config}: {why}", file=sys.stderr)
+    return sorted(results, key=lambda result: result.median_ms)
+
+
+def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
+    module, direction = PARTS[args.part]
+    heads = max(1, 2048 // args.headdim)
+    batch = max(1, 16384 // args.seqlen)
+    shape = shapes.AttentionShape(batch, args.seqlen, args.seqlen, heads, heads, args.headdim)
+    case = attention_case("tune", shape, args.variant, device, dtype)
+
+    def choose(original, config):
+        return lambda which, *rest: config if which == args.part else original(which, *rest)
+
+    best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
+    block_d = max(next_power_of_2(args.headdim), 16)
+    key = (target(device), args.part, dtype.itemsize, block_d)
+    return [
+        f"{key}: _T({c.block_m}, {c.block_n}, {c.num_warps}, {c.num_stages}),  {_source(r, device)}"
+        for r in best[:3]
+        for c in (r.config,)
+    ]
+
+
+def tune_rows(args, device: torch.device, dtype: torch.dtype) -> list[str]:
+    module, family = ROW_OPS[args.op]
+    cases = CASES[family](device, dtype, False)
+    case = next((c for c in cases if c.function == args.op and _cols(c) == args.cols), None)
+    if case is None:
+        raise SystemExit(f"tune: no case of {args.op} with {args.cols} columns in fastlm.shapes")
+    direction = "forward" if args.part == "fwd" else "backward"
+    choose = lambda original, config: lambda cols: config
+    best = sweep(case, direction, module, "row_config", choose, row_candidates(args.cols))
+    return [f"{args.cols}: {r.config},  {_source(r, device)}" for r in best[:3]]
+
+
+def _cols(case: Case) -> int:
+    return next(iter(case.tensors.values())).shape[-1]
+
+
+def _source(result: Result, device: torch.device) -> str:
+    """Where a row of the table comes from."""
+    today = datetime.date.today().isoformat()
+    name = torch.cuda.get_device_name(device)
+    return f"# {name}, {today}: {result.rate:.4g} {result.unit}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    attention = kinds.add_parser("attention")
+    attention.add_argument("--part", choices=PARTS, default="fwd")
+    attention.add_argument("--headdim", type=int, default=128)
+    attention.add_argument("--seqlen", type=int, default=4096)
+    attention.add_argument("--variant", choices=("full", "causal", "bias"), default="full")
+    rows = kinds.add_parser("rows")
+    rows.add_argument("--op", choices=ROW_OPS, default="layer_norm")
+    rows.add_argument("--part", choices=("fwd", "bwd"), default="fwd")
+    rows.add_argument("--cols", type=int, default=4096)
+    for kind in (attention, rows):
+        kind.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tune: a GPU is needed, and torch finds none", file=sys.stderr)
+        return 2
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    tune = tune_attention if args.kind == "attention" else tune_rows
+    best = tune(args, torch.device("cuda", torch.cuda.current_device()), dtype)
+    print("\nfor kernels/configs.py, fastest first:", *(best or ["nothing passed"]), sep="\n")
+    return 0 if best else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
