@@ -127,3 +127,30 @@ def test_every_operator_takes_impl_last(name):
     parameters = list(inspect.signature(getattr(fastlm, name)).parameters.values())
     assert parameters[-1].name == "impl" and parameters[-1].default is None
     assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def meta_calls():
+    t = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)
+    ints = lambda *shape: torch.empty(shape, device="meta", dtype=torch.int64)
+    x, q = t(2, 8), t(1, 4, 2, 8)
+    return {
+        "attention": lambda: fastlm.attention(q, q, q, causal=True, dropout_p=0.1),
+        "bias_act": lambda: fastlm.bias_act(x, t(8), activation="gelu"),
+        "cross_entropy": lambda: fastlm.cross_entropy(x, ints(2)),
+        "embedding": lambda: fastlm.embedding(ints(2, 3), t(5, 8)),
+        "ffn": lambda: fastlm.ffn(x, t(16, 8), t(16), t(8, 16), t(8)),
+        "gated_ffn": lambda: fastlm.gated_ffn(x, t(16, 8), t(16, 8), t(8, 16)),
+        "glu": lambda: fastlm.glu(x, x),
+        "layer_norm": lambda: fastlm.layer_norm(x, t(8), t(8), dropout_p=0.1),
+        "linear_cross_entropy": lambda: fastlm.linear_cross_entropy(x, t(16, 8), ints(2)),
+        "rms_norm": lambda: fastlm.rms_norm(x, t(8), casting="gemma"),
+        "rotary": lambda: fastlm.rotary(q, t(4, 4), t(4, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", meta_calls())
+def test_operators_run_on_tensors_without_memory(name):
+    """Shapes can be inferred, and models built, on the meta device."""
+    y = meta_calls()[name]()
+    y.sum().backward()
+    assert y.device.type == "meta"

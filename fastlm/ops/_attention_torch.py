@@ -11,6 +11,7 @@ import contextlib
 
 import torch
 
+from fastlm.ops._check import autocast_dtype
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
 
@@ -32,7 +33,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
 
 def without_autocast(device: torch.device):
     """The reference chooses its own dtypes; autocast would lower its fp32 products."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
+    autocast_dtype,
     fail,
     make_seed,
     require_choice,
@@ -231,7 +232,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     out_dtype = x.dtype
     if kind == "rms_llama" and weight is not None:
         out_dtype = torch.promote_types(x.dtype, weight.dtype)
-    elif torch.is_autocast_enabled(x.device.type) and kind in ("layer", "rms"):
+    elif autocast_dtype(x.device) is not None and kind in ("layer", "rms"):
         # torch's autocast runs these norms in fp32 on CUDA; elsewhere in the dtype of the sum.
         z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         out_dtype = torch.float32 if x.is_cuda else z_dtype
