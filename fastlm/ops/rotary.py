@@ -62,7 +62,8 @@ def _check_rotary(x, cos, sin, positions) -> None:
     if cos.shape != sin.shape:
         raise fail(op, "sin", f"have the shape of cos, {tuple(cos.shape)}", tuple(sin.shape))
     if cos.dim() != 2 and (cos.dim() != 3 or x.dim() != 4):
-        form = "have shape (rows, rotary_dim / 2) or, for x of 4 dimensions, (batch, seqlen, ...)"
+        each = "(batch or 1, seqlen, rotary_dim / 2)"
+        form = f"have shape (rows, rotary_dim / 2) or, for x of 4 dimensions, {each}"
         raise fail(op, "cos", form, tuple(cos.shape))
     if 2 * cos.shape[-1] > x.shape[-1]:
         constraint = f"have one column for each pair, at most headdim / 2 = {x.shape[-1] // 2}"
