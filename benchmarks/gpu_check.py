@@ -136,8 +136,8 @@ def smallest(device: str = "cuda") -> None:
         both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
         both(fastlm.rms_norm, t(3, cols), t(cols), casting="gemma")
     for headdim in (17, 64, 128):
-        q, k = t(1, 19, 4, headdim), t(1, 70, 2, headdim)
-        both(fastlm.attention, q, k, t(1, 70, 2, headdim), causal=True)
+        q, k, v = t(1, 19, 2, headdim), t(1, 70, 1, headdim), t(1, 70, 1, headdim)
+        both(fastlm.attention, q, k, v, causal=True)
     both(fastlm.bias_act, t(3, 33), t(33), activation="gelu", dropout_p=0.5, seed=1)
     both(fastlm.glu, t(3, 33), t(3, 33))
     both(fastlm.ffn, t(3, 32), t(65, 32), t(65), t(32, 65), t(32), dropout_p=0.5, seed=1)
