@@ -68,27 +68,25 @@ def torch_or_reference(q, k, v, **options):
 
 
 # Not one query with "top_left": it sees one key, and a bound of 0 for gradients of 0 is no test.
+# Halves on some shapes, causal, alone: what they change is one rounding.
 SHAPES = [
     (shape, causal, dtype)
     for shape, causal, dtype in itertools.product(ATTENTION_SMALL, CAUSAL, DTYPES)
-    if (shape, causal) != ("one_query", "top_left") and (causal is True or dtype == torch.float32)
+    if (shape, causal) != ("one_query", "top_left")
+    and (dtype == torch.float32 or causal is True and shape in ("prime", "gqa", "widest_head"))
 ]
 
 
-@pytest.mark.parametrize("shape,causal,dtype", SHAPES)
-def test_attention_shapes(shape, causal, dtype, device):
-    inputs = qkv(ATTENTION_SMALL[shape], dtype, device)
-    run_oracle("triton", inputs, causal=causal, return_lse=True)
-
-
-@pytest.mark.parametrize("shape,causal,dtype", SHAPES)
-def test_attention_shapes_by_torch(shape, causal, dtype, device):
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape,causal,dtype", SHAPES, ids=str)
+def test_attention_shapes(shape, causal, dtype, impl, device):
     with nan_filled_empty():
         check_against_reference(
-            lambda **kw: fastlm.attention(**kw, impl="torch"),
-            torch_or_reference,
+            lambda **kw: fastlm.attention(**kw, impl=impl),
+            torch_or_reference if impl == "torch" else reference.attention,
             qkv(ATTENTION_SMALL[shape], dtype, device),
             causal=causal,
+            **({} if impl == "torch" else {"return_lse": True}),
         )
 
 
@@ -325,12 +323,13 @@ def test_attention_autocast(names):
     assert doubles.dtype == torch.float64  # autocast leaves fp64 alone
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "impl,names",
+    "impl,names,dynamic",
     [
-        ("triton", ("causal",)),
-        ("torch", ("relative_bias", "seqlens_k", "window", "sinks", "dropout")),
+        ("triton", ("causal",), False),
+        ("triton", ("causal",), True),
+        ("torch", ("causal", "mask", "dropout", "sinks", "softcap"), False),
+        ("torch", ("relative_bias", "seqlens_k", "window"), True),
     ],
     ids=str,
 )
