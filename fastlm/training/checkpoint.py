@@ -19,7 +19,8 @@ from fastlm.training.settings import Settings
 
 FILE_NAME = "checkpoint.safetensors"
 
-_FORMAT = "fastlm byte-level DecoderLM, 1"
+_KEY = "fastlm"
+_FORMAT = "byte-level DecoderLM, 1"
 _PARTS = ("model", "optimizer", "rng")
 
 
@@ -52,15 +53,17 @@ class Checkpoint:
             for part in _PARTS
             for name, tensor in getattr(self, part).items()
         }
-        header = {
+        run = {
+            "format": _FORMAT,
             "settings": self.settings.to_dict(),
             "step": self.step,
             "position": self.position,
             "data": self.data,
             "fingerprint": self.fingerprint,
         }
-        metadata = {"format": _FORMAT, "run": json.dumps(header)}
-        write_atomically(path, safetensors.torch.save(tensors, metadata))
+        # One entry: safetensors writes several in any order, and equal runs write equal files.
+        data = safetensors.torch.save(tensors, {_KEY: json.dumps(run)})
+        write_atomically(path, data)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -79,7 +82,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors has an exception of its own for each way to fail
             raise UserError(f"cannot read {path}: not a safetensors file ({error})") from error
-        if metadata.get("format") != _FORMAT:
+        if _KEY not in metadata:
             raise UserError(f"{path} is not a checkpoint that fastlm train wrote")
         parts = {
             part: {
@@ -90,9 +93,14 @@ class Checkpoint:
             for part in _PARTS
         }
         try:
-            run = json.loads(metadata["run"])
+            run = json.loads(metadata[_KEY])
+            if run.pop("format") != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT!r}")
             settings = Settings.from_dict(run.pop("settings"))
-            return cls(settings=settings, **run, **parts)
+            checkpoint = cls(settings=settings, **run, **parts)
+            if not all(type(n) is int and n >= 0 for n in (checkpoint.step, checkpoint.position)):
+                raise ValueError(f"step {checkpoint.step!r}, position {checkpoint.position!r}")
+            return checkpoint
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
             raise UserError(f"{path} is a damaged checkpoint: {error}") from error
 
