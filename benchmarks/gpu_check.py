@@ -4,8 +4,10 @@ In this order, and on to the next step where one fails:
   1. conformance: the operators' small cases, each kernel against the oracle, on the device;
   2. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
   3. memcheck: the smallest case of each kernel under compute-sanitizer, if it is installed;
-  4. benchmarks: every operator against torch, each provider checked before it is timed.
-Writes results.json (device, driver, versions, commit, steps), one log a step and benchmarks.csv.
+  4. benchmarks: every operator against torch and the peers that are installed, each provider
+     checked before it is timed.
+Writes results.json (device, driver, versions, commit, steps), one log a step, and the benchmarks'
+tables as CSV.
 Exit code: 0, 1 (a step failed), 2 (something is missing, and nothing ran).
 """
 
@@ -25,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
 FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 
 
@@ -70,13 +73,21 @@ def steps(out: Path, quick: bool) -> list[Step]:
         str(file) for name in FAMILIES for file in (ROOT / "tests").glob(f"test_{name}*.py")
     )
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    bench = [*python, "-m", "fastlm", "bench", "--csv", str(out / "benchmarks.csv")]
+    if quick:
+        command = [*python, "-m", "fastlm", "bench", "--quick", "--csv", str(out / "bench.csv")]
+        benchmarks = [Step("bench", command)]
+    else:
+        benchmarks = [
+            Step(f"bench-{op}", [sys.executable, str(ROOT / "benchmarks" / f"{op}.py"),
+                                 "--csv", str(out / f"bench-{op}.csv")])
+            for op in BENCHMARKS
+        ]  # fmt: skip
     return [
         Step("conformance", [*pytest, "-m", "not gpu", *families]),
         Step("gpu", [*pytest, "-m", "gpu"]),
         Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1",
                           *python, __file__, "--smallest"]),
-        Step("benchmarks", bench + (["--quick"] if quick else [])),
+        *benchmarks,
     ]  # fmt: skip
 
 
@@ -166,7 +177,8 @@ def main() -> int:
         torch.cuda.synchronize()
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "benchmarks.csv").unlink(missing_ok=True)
+    for table in options.out.glob("bench*.csv"):  # the benchmarks append
+        table.unlink()
     results = {"machine": machine(), "steps": []}
     for step in steps(options.out, options.quick):
         print(f"== {step.name}: {' '.join(step.command)}", flush=True)

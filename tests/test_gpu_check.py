@@ -42,9 +42,14 @@ def test_every_missing_package_is_named_with_a_remedy(gpu_check):
 
 def test_steps_begin_with_conformance(gpu_check, tmp_path):
     steps = gpu_check.steps(tmp_path, quick=True)
-    assert [s.name for s in steps] == ["conformance", "gpu", "memcheck", "benchmarks"]
+    assert [s.name for s in steps] == ["conformance", "gpu", "memcheck", "bench"]
     files = [Path(word).name for word in steps[0].command if word.endswith(".py")]
     assert {"test_norm.py", "test_attention.py", "test_ffn.py", "test_loss.py"} <= set(files)
+
+
+def test_every_benchmark_is_a_script(gpu_check, tmp_path):
+    scripts = {Path(s.command[1]) for s in gpu_check.steps(tmp_path, quick=False)[3:]}
+    assert len(scripts) >= 4 and all(script.is_file() for script in scripts)
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "passed"), (1, "failed")])
