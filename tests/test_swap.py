@@ -65,6 +65,20 @@ class TinyGatedMLP(nn.Module):
         return self.down(self.up(x) * self.act(self.gate(x)))
 
 
+class TinyDenseActDense(nn.Module):
+    """As T5's, whose second layer may be kept in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo, self.act = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), nn.ReLU()
+
+    def forward(self, x):
+        x = self.act(self.wi(x))
+        if x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
 class TinyRMSNorm(nn.Module):
     """Rounds as `casting` says."""
 
@@ -77,6 +91,8 @@ class TinyRMSNorm(nn.Module):
         y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.casting == "llama":
             return self.weight * y.to(x.dtype)
+        if self.casting == "t5":  # llama's, but for half inputs with fp32 weights
+            return self.weight * y.to(self.weight.dtype)
         if self.casting == "gemma":
             return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
         if self.casting == "torch":
@@ -144,6 +160,8 @@ MODULES = {
     "gated_mlp": (TinyGatedMLP, {"x": x_of()}),
     "gated_mlp_bias": (lambda: TinyGatedMLP(bias=True), {"x": x_of()}),
     "rms_llama": (TinyRMSNorm, {"x": x_of()}),
+    "rms_t5": (lambda: TinyRMSNorm("t5"), {"x": x_of()}),
+    "t5": (TinyDenseActDense, {"x": x_of()}),
     "rms_gemma": (lambda: TinyRMSNorm("gemma"), {"x": x_of()}),
 }
 
@@ -459,6 +477,27 @@ def test_autocast_gives_torchs_dtypes(device):
         swap(block)
         after = model(x), block(x, x), block(x, x.bfloat16())
     assert [y.dtype for y in after] == [y.dtype for y in before]
+
+
+def test_a_wider_residual_gives_torchs_dtype():
+    block, x = TinyOutput(), x_of()
+    block.dense.bfloat16()
+    before = block(x.bfloat16(), x)
+    swap(block)
+    after = block(x.bfloat16(), x)
+    assert after.dtype == before.dtype == torch.float32
+    torch.testing.assert_close(after, before)
+
+
+def test_mixed_dtypes_give_what_the_module_gave():
+    block, norm = TinyDenseActDense(), randomize(TinyRMSNorm("t5"))
+    block.wi.bfloat16()
+    x = x_of().bfloat16()
+    before = block(x), norm(x)
+    swap(block, strict=True)
+    swap(norm, strict=True)
+    for after, want in zip((block(x), norm(x)), before, strict=True):
+        assert after.dtype == want.dtype and torch.equal(after, want)
 
 
 def test_copies_and_pickles_stay_swapped():

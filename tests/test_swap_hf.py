@@ -54,7 +54,11 @@ MODELS = {
     ),
     "llama": (lambda: transformers.LlamaConfig(**GQA), None, TOKENS),
     "mistral": (lambda: transformers.MistralConfig(sliding_window=4, **GQA), None, TOKENS),
-    "gemma2": (lambda: transformers.Gemma2Config(sliding_window=4, **GQA), None, TOKENS),
+    "gemma2": (
+        lambda: transformers.Gemma2Config(sliding_window=4, attn_logit_softcapping=0.05, **GQA),
+        None,
+        TOKENS,
+    ),
     "gpt_oss": (
         lambda: transformers.GptOssConfig(
             num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager", **GQA

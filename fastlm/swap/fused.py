@@ -112,8 +112,8 @@ class LinearDropoutAddNorm(Fused):
     def _fused(self, x, residual):
         linear, norm = getattr(self, self._fastlm_linear), getattr(self, self._fastlm_norm)
         x = F.linear(x, linear_weight(linear), linear.bias)
-        # The sum has the wider dtype, and so has its norm; CUDA autocast makes that fp32 anyway.
-        if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        # The sum has the wider dtype, and so has its norm; under autocast the operator sees to it.
+        if not torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.promote_types(x.dtype, residual.dtype))
         dropout_p = layers_ffn.dropout_rate(getattr(self, self._fastlm_dropout))
         return layer_norm(
