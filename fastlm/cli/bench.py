@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for op in args.op or (_QUICK_OPS if args.quick else CASES):
         for case in CASES[op](device, dtype, args.quick):
             failed = lambda provider, why, case=case: failures.append(
-                f"{case.op} {case.shape} {provider}: {why}"
+                (provider, f"{case.op} {case.shape} {provider}: {why}")
             )
             seconds = 0.25 if args.quick else 1.0
             new = run_case(
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"not timed: {provider}: {reason}")
     if args.plot and rows and not plot(rows, args.plot):
         print("no plot: matplotlib is not installed (pip install 'fastlm[bench]')")
-    for failure in failures:
+    for _, failure in failures:
         print(f"FAILED  {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    # What torch cannot do, for want of memory say, is no fault of fastlm.
+    return int(any(provider != "torch" for provider, _ in failures))

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint file, or the folder of a run")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files or folders of UTF-8 text")
     parser.add_argument(
-        "--bytes", type=at_least(0), default=262144, help="bytes to predict, 0 for all (262144)"
+        "--bytes", type=at_least(0), default=131072, help="bytes to predict, 0 for all (131072)"
     )
     add_device(parser)
 

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=at_least(1), default=100, help="steps between checkpoints (100)"
     )
     parser.add_argument(
-        "--eval-bytes", type=at_least(1), default=65536, help="held-out bytes to predict (65536)"
+        "--eval-bytes", type=at_least(1), default=32768, help="held-out bytes to predict (32768)"
     )
 
 

@@ -20,14 +20,14 @@ class Settings:
 
     dim: int = 128
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     context: int = 128
     dropout: float = 0.0
-    steps: int = 600
-    batch_size: int = 16
+    steps: int = 1200
+    batch_size: int = 8
     accumulate: int = 1
     lr: float = 3e-3
-    warmup: int = 50
+    warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
