@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, installed as `fastlm.kernels`. This file imports no triton."""
+"""Triton kernels and their launchers, installed as `fastlm.kernels`. Imports no triton."""
