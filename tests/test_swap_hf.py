@@ -377,10 +377,28 @@ def test_attention_function_refuses_what_it_would_ignore():
         huggingface.attention_forward(Module(), q, q, q, None, head_mask=q)
 
 
-def test_register_without_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(RuntimeError, match="^register: transformers must be installed in version"):
+def test_register_errors(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        message = "register: transformers must be installed, got none; "
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            register()
+    model = build("bert")
+    # Building a model may replace the package's module object.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
+    message = "register: transformers must be version 5.0 or newer, got 4.57.6; "
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         register()
+    left = {row.note for row in swap(model).left}
+    assert left == {"transformers is older than 5.0: 4.57.6"}
+
+
+def test_gpt2_whose_scale_would_be_ignored_is_left():
+    model = build("gpt2")
+    for block in model.h:
+        del block.attn.scaling  # as in older releases, which do not pass it on
+    (note,) = {row.note for row in swap(model).left}
+    assert note == "this transformers ignores GPT-2's scale_attn flags outside of eager attention"
 
 
 def test_compiles_in_one_graph():

@@ -25,17 +25,23 @@ def register() -> None:
     """Makes `attn_implementation="fastlm"` known to transformers; more calls change nothing.
 
     Raises:
-        RuntimeError: transformers is missing, or too old to take a mask function.
+        RuntimeError: transformers is missing or older than 5.0, where models of many families
+            build their masks in other ways.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        import transformers
     except ImportError as error:
-        raise RuntimeError(
-            "register: transformers must be installed in version 4.53 or newer, got "
-            f"{error}; run: pip install -U transformers"
-        ) from error
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+        got = "none; run: pip install 'fastlm[hf]'"
+        raise fail("register", "transformers", "be installed", got, RuntimeError) from error
+    if too_old(transformers.__version__):
+        got = f"{transformers.__version__}; run: pip install -U transformers"
+        raise fail("register", "transformers", "be version 5.0 or newer", got, RuntimeError)
+    transformers.AttentionInterface.register(NAME, attention_forward)
+    transformers.AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def too_old(version: str) -> bool:
+    return int(version.partition(".")[0]) < 5
 
 
 def attention_mask(*args, mask_function=None, **kwargs) -> torch.Tensor | None:
@@ -151,8 +157,8 @@ def refusal(model: nn.Module) -> str | None:
     """Why a Hugging Face model cannot take fastlm's attention; None if it can."""
     import transformers
 
-    if not hasattr(transformers, "AttentionMaskInterface"):
-        return f"transformers {transformers.__version__} has no AttentionMaskInterface; needs 4.53"
+    if too_old(transformers.__version__):
+        return f"transformers is older than 5.0: {transformers.__version__}"
     if not any("config" in vars(module) for _, module in attention_modules(model)):
         return f"{type(model).__name__} does not use transformers' AttentionInterface"
     for part in _parts(model):
@@ -161,7 +167,17 @@ def refusal(model: nn.Module) -> str | None:
             return f"{name} does not use transformers' AttentionInterface"
         if not part._supports_sdpa and part.config.model_type not in _MORE_THAN_SDPA:
             return f"{name} needs more of attention than SDPA's arguments"
+    if any(_scale_is_kept_back(module) for _, module in attention_modules(model)):
+        return "this transformers ignores GPT-2's scale_attn flags outside of eager attention"
     return None
+
+
+def _scale_is_kept_back(module: nn.Module) -> bool:
+    """GPT-2 before https://github.com/huggingface/transformers/pull/44397."""
+    plain = getattr(module, "scale_attn_weights", True) and not getattr(
+        module, "scale_attn_by_inverse_layer_idx", False
+    )
+    return not plain and not hasattr(module, "scaling")
 
 
 def set_attention(model: nn.Module) -> None:
