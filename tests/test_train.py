@@ -356,6 +356,16 @@ def test_resume_takes_the_same_settings_and_text(text, uninterrupted, tmp_path, 
     assert "the text has changed since the checkpoint was saved" in capsys.readouterr().err
 
 
+def test_new_run_does_not_replace_a_checkpoint(text, tmp_path, capsys):
+    assert train(text, tmp_path, steps=1) == 0
+    before = (tmp_path / FILE_NAME).read_bytes()
+    assert train(text, tmp_path, steps=2) == 2
+    assert f"{tmp_path} holds a checkpoint already" in capsys.readouterr().err
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+    assert train(text, tmp_path, "--overwrite", steps=2) == 0
+    assert Checkpoint.load(tmp_path).step == 2
+
+
 def test_bf16_autocast_trains(text, tmp_path, capsys):
     assert train(text, tmp_path, "--autocast", "bf16", steps=3) == 0
     saved = Checkpoint.load(tmp_path)

@@ -114,9 +114,9 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     axes.axvline(1.0, color="gray", linewidth=1)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.set(xlabel="speed relative to torch (longer is faster)", title=rows[0].device)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True

@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", metavar="PATH", help="files or folders of UTF-8 text to train on"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint in --out by a new run"
+    )
     add_device(parser)
     settings = parser.add_argument_group("settings (the defaults take about 2 minutes on 2 cores)")
     defaults = Settings()
@@ -77,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in (*_HELP, "autocast")}
     given = {name: value for name, value in given.items() if value is not None}
     saved = Checkpoint.load(out) if args.resume else None
+    if saved is None and (out / FILE_NAME).exists() and not args.overwrite:
+        raise UserError(
+            f"{out} holds a checkpoint already; add --resume to go on from it, --overwrite to"
+            " replace it, or name another --out"
+        )
     settings, data = _resumed(saved, given, args.data) if saved else (Settings(**given), args.data)
     corpus = load_corpus(data or [])
     print(corpus, flush=True)
