@@ -65,6 +65,7 @@ def norm() -> Iterator[Case]:
     yield case("layer-mixed-aligned", 4096, 768, "bf16", params=torch.float32)
     block = {"residual": True, "dropout_p": 0.1, "seed": 1, "prenorm": True}
     yield case("layer-block-aligned", 4096, 1024, "bf16", **block)
+    yield case("layer-block-aligned", 4096, 8192, "fp32", **block)
     yield case("layer-wide-aligned", 512, 65536, "bf16")
     yield case("rms-aligned", 4096, 4096, "bf16")
     yield case("rms-gemma-aligned", 4096, 2048, "fp16", casting="gemma")
@@ -128,9 +129,11 @@ def ffn() -> Iterator[Case]:
 
 
 def loss() -> Iterator[Case]:
-    def case(dtype, vocab, label="aligned", **options):
+    def case(dtype, vocab, label="aligned", weighted=False, **options):
         def run():
             logits = tensor(4096, vocab, dtype=DTYPES[dtype])
+            if weighted:
+                options["class_weight"] = tensor(vocab, grad=False)
             target = tensor(4096, dtype=torch.int64)
             forward_backward(fastlm.cross_entropy, logits, target, **options)
 
@@ -139,3 +142,6 @@ def loss() -> Iterator[Case]:
     yield case("bf16", 32768)
     yield case("fp32", 50304, label_smoothing=0.1, z_loss=1e-4)
     yield case("fp16", 30522, "odd")
+    every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+    yield case("bf16", 256000, "every-aligned", weighted=True, **every)
+    yield case("fp32", 257, "every-odd", weighted=True, **every)
