@@ -346,3 +346,25 @@ def test_public_names():
     assert fastlm.ops.__all__ == sorted(fastlm.ops.__all__)
     missing = [name for name in fastlm.__all__ if not hasattr(fastlm, name)]
     assert missing == []
+
+
+def test_ci_runs_what_a_user_runs():
+    script = ROOT / ".ci" / "run"
+    commands = [line for line in script.read_text().splitlines() if line and line[0] != "#"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert os.access(script, os.X_OK)
+
+
+def test_requirements_are_pinned():
+    """The golden table and the interpreter's checks hold for one torch and one triton."""
+    lines = [
+        line
+        for file in (ROOT / "requirements").glob("*.txt")
+        for line in file.read_text().splitlines()
+        if line and not line.startswith(("#", "-r"))
+    ]
+    assert [line for line in lines if "==" not in line] == ["setuptools>=77"]
+    for name in ("torch", "triton"):
+        (pin,) = (line for line in lines if line.startswith(f"{name}=="))
+        version = pin.split(";")[0].split("==")[1]
+        assert importlib.metadata.version(name).split("+")[0] == version
