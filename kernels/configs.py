@@ -59,10 +59,17 @@ WIDEST_ROW = 8192
 
 
 def row_config(cols: int) -> RowConfig:
-    """Row-wise kernels (norm, loss): about 4,096 elements a program, at least one row."""
+    """Row-wise kernels (norm): about 4,096 elements a program, at least one row."""
     block_n = min(max(next_power_of_2(cols), 16), WIDEST_ROW)
     block_m = max(1, min(4096 // block_n, 32))
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
+
+
+def loss_config(cols: int) -> RowConfig:
+    """Cross-entropy: at most 16 logits a thread, so that no combination of options spills."""
+    block_n = min(max(next_power_of_2(cols), 16), 4096)
+    block_m = max(1, min(1024 // block_n, 16))
+    return RowConfig(block_m, block_n, 4 if block_n <= 1024 else 8)
 
 
 def tile_config(cols: int, elements: int) -> RowConfig:

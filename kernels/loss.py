@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.kernels.configs import ceil_div, row_config
+from fastlm.kernels.configs import ceil_div, loss_config
 
 
 @triton.jit
@@ -35,15 +35,19 @@ def _load_targets(target_ptr, rows, rows_total, N, ignore_index):
 
 
 @triton.jit
+def _row_start(rows, M, stride_lb, stride_lm):
+    # Division in int32: in int64 it is a long sequence that makes some kernels spill.
+    return (rows // M).to(tl.int64) * stride_lb + (rows % M).to(tl.int64) * stride_lm
+
+
+@triton.jit
 def _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
-    """s and ds/dlogits, in fp32; s is -inf outside the mask."""
+    """s in fp32, -inf outside the mask."""
     s = tl.load(logits_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32)
-    slope = tl.full(s.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        t = 1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)  # tanh, without overflow to NaN
-        s = tl.where(mask, softcap * t, -float("inf"))
-        slope = 1.0 - t * t
-    return s, slope
+        tanh = 1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)  # exp may be inf, tanh is 1 then
+        s = tl.where(mask, softcap * tanh, -float("inf"))
+    return s
 
 
 @triton.jit
@@ -54,12 +58,12 @@ def _cross_entropy_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
-    row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
+    row_start = _row_start(rows, M, stride_lb, stride_lm)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    s_y, _ = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    s_y = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
     # Sums are of s - origin, so that an offset common to a row's logits costs no digits.
     origin = tl.where(s_y == -float("inf"), 0.0, s_y)
     weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * (s[c] - origin)
@@ -69,7 +73,7 @@ def _cross_entropy_fwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         mask = active[:, None] & (cols < N)[None, :]
         offsets = row_start[:, None] + cols[None, :]
-        s, _ = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+        s = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
         l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
@@ -113,18 +117,17 @@ def _cross_entropy_bwd_kernel(
 ):  # fmt: skip
     """One tile of dlogits."""
     blocks_n = tl.cdiv(N, BLOCK_N)
-    rows = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = rows < rows_total, cols < N
     target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
     m = tl.load(row_max_ptr + rows, mask=valid, other=0.0)
     log_l = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
     dloss = tl.load(dloss_ptr + rows, mask=valid, other=0.0)
-    row_start = (rows // M) * stride_lb + (rows % M) * stride_lm
-    s, slope = _load_scores(
-        logits_ptr, row_start[:, None] + cols[None, :], valid[:, None] & mask_n[None, :],
-        softcap, HAS_SOFTCAP,
-    )  # fmt: skip
+    row_start = _row_start(rows, M, stride_lb, stride_lm)
+    mask = valid[:, None] & mask_n[None, :]
+    offsets = row_start[:, None] + cols[None, :]
+    s = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
     p = tl.exp((s - m[:, None]) - log_l[:, None])
     w_y = tl.full([BLOCK_M], 1.0, tl.float32)
     if class_weight_ptr is not None:
@@ -141,16 +144,20 @@ def _cross_entropy_bwd_kernel(
         else:
             on_p += label_smoothing
     ds = p * on_p[:, None]
+    target = tl.where(valid, target, -1).to(tl.int32)
     ds -= tl.where(cols[None, :] == target[:, None], on_target[:, None], 0.0)
     if HAS_SMOOTHING:
         w = tl.full([BLOCK_N], 1.0, tl.float32)
         if class_weight_ptr is not None:
             w = tl.load(class_weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
         ds -= (label_smoothing / N * w)[None, :]
-    ds = ds * dloss[:, None] * slope
+    ds = ds * dloss[:, None]
+    if HAS_SOFTCAP:
+        tanh = tl.where(mask, s / softcap, 0.0)
+        ds *= 1.0 - tanh * tanh
     bad = tl.where(active, float("nan"), 0.0)
     ds = tl.where(valid[:, None], ds, bad[:, None])
-    out = rows[:, None] * N + cols[None, :]
+    out = rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(dlogits_ptr + out, ds, mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -177,7 +184,7 @@ def cross_entropy_fwd(
     if rows == 0:
         return loss, row_max, log_sum, row_weight
     N = logits.shape[2]
-    config = row_config(N)
+    config = loss_config(N)
     _cross_entropy_fwd_kernel[(ceil_div(rows, config.block_m),)](
         logits, target, class_weight, loss, row_max, log_sum, row_weight,
         logits.stride(0), logits.stride(1), shape[1], N, rows, ignore_index,
@@ -209,7 +216,7 @@ def cross_entropy_bwd(
     weight_sum = None
     if class_weight is not None and label_smoothing > 0.0:
         weight_sum = class_weight.sum(dtype=torch.float32)
-    config = row_config(N)
+    config = loss_config(N)
     _cross_entropy_bwd_kernel[(ceil_div(rows, config.block_m) * ceil_div(N, config.block_n),)](
         logits, target, class_weight, weight_sum, row_max, log_sum, dloss.contiguous(), dlogits,
         logits.stride(0), logits.stride(1), target.shape[1], N, rows, ignore_index,

@@ -210,7 +210,8 @@ def test_embedding_compiles_fullgraph(dynamic, device):
     leaves = {n: t.requires_grad_() for n, t in inputs.items() if n not in ids}
 
     def fn(ids, leaves):
-        y = fastlm.embedding(**ids, **leaves, dropout_p=0.25, seed=SEED)
+        # Philox traced with symbolic shapes takes most of the test's time, and shows nothing more.
+        y = fastlm.embedding(**ids, **leaves, dropout_p=0.0 if dynamic else 0.25, seed=SEED)
         alone = fastlm.embedding(ids["ids"], leaves["token_weight"])
         return (y * alone).sum()
 
