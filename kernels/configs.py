@@ -21,7 +21,7 @@ def target(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
-    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
 @functools.cache
@@ -121,23 +121,91 @@ class AttentionConfig:
         }
 
 
-_CPU = AttentionConfig(32, 16, 4, 1)
-_T = AttentionConfig
-
-_ATTENTION = {}
+# target -> (arithmetic, pass) -> (block_m, block_n, num_warps, num_stages) of head dims up to 32,
+# 64, 128 and 256. Arithmetic is "half", or for fp32 the precision of its products. Chosen by
+# compiling: no spills on NVIDIA up to head dim 128, and on sm_80 at most 99 KB of shared memory,
+# which is what sm_86, sm_89 and sm_120 have. Not timed yet.
+_ATTENTION = {
+    "sm_80": {
+        ("half", "fwd"): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ("half", "dq"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ("half", "dkv"): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        ("tf32", "dq"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 1)),
+        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
+        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "sm_90": {
+        ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        ("half", "dq"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+        ("half", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2)),
+        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
+        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "sm_100": {
+        ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
+        ("half", "dq"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ("half", "dkv"): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
+        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "gfx942": {
+        ("half", "fwd"): ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
+        ("half", "dq"): ((128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)),
+        ("half", "dkv"): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (16, 32, 4, 1)),
+        ("ieee", "fwd"): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        ("ieee", "dq"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        ("ieee", "dkv"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    },
+}  # fmt: skip
+# The interpreter: small, and wider than high and higher than wide.
+_ATTENTION_CPU = {
+    "fwd": AttentionConfig(32, 16, 4, 1),
+    "dq": AttentionConfig(16, 32, 4, 1),
+    "dkv": AttentionConfig(16, 32, 4, 1),
+}
 
 
 def attention_config(
-    which: str, device: torch.device, headdim: int, itemsize: int
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype
 ) -> AttentionConfig:
+    """The configuration of a pass: "fwd", "dq" or "dkv"."""
     name = target(device)
     if name == "cpu":
-        return _CPU
-    block_d = max(next_power_of_2(headdim), 16)
-    return _ATTENTION[name, which, itemsize, block_d]
+        return _ATTENTION_CPU[which]
+    arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
+    if name == "gfx942" and arithmetic == "tf32":
+        arithmetic = "ieee"  # the same matrix cores
+    by_headdim = _ATTENTION[name][arithmetic, which]
+    return AttentionConfig(*by_headdim[max((headdim - 1).bit_length() - 5, 0)])
+
+
+# Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.
+_SECTION_BYTES = {
+    "cpu": 2**14,
+    "sm_80": 20 * 2**20,
+    "sm_90": 25 * 2**20,
+    "sm_100": 63 * 2**20,
+    "gfx942": 2 * 2**20,
+}
 
 
 def attention_section(device: torch.device, causal: str, head_bytes: int, heads: int) -> int:
+    """How many heads are in work at a time, for `tile_and_head` in primitives.py.
+
+    Causal tiles differ in length, and the shortest of all heads should come last; but what the
+    heads of a section read, `head_bytes` each, should stay in the L2 cache.
+    """
     if causal == "none":
         return 1
-    return max(1, min(heads, 16384 // max(head_bytes, 1)))
+    return max(1, min(heads, _SECTION_BYTES[target(device)] // max(head_bytes, 1)))

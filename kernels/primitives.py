@@ -51,7 +51,7 @@ def dropout_keep(seed, threshold, batch, head, rows, first_column, BLOCK_N: tl.c
 def tile_and_head(pid, tiles, longest_last, section):
     """The (tile, head) of a program: within sections of heads, the longest tiles first.
 
-    Programs that run together then share keys that fit in the L2 cache, and the last ones are short.
+    Programs that run together then share keys that fit in the L2 cache, and the last are short.
 
     Args:
         pid: position on a grid of `tiles * heads` programs.
@@ -69,22 +69,28 @@ def tile_and_head(pid, tiles, longest_last, section):
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, M, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a matrix with D columns, 0 outside it; without masks where nothing can be outside.
+def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """Rows [first, first + BLOCK_M) of an M x D matrix, with 0 outside it.
+
+    The offsets within a tile do not depend on `first`, so a loop computes them once and keeps them
+    in few registers.
 
     Args:
-        rows: int32, [BLOCK_M]; below M unless MASKED.
-        stride: elements between rows, as an int64 so that no product overflows.
+        stride: elements between rows, int64.
+        MASKED: False promises that all rows are below M.
 
     Returns:
         [BLOCK_M, BLOCK_D] in the dtype of `ptr`.
     """
+    rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
-    ptrs = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+    offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
     if MASKED and D != BLOCK_D:
-        return tl.load(ptrs, mask=(rows < M)[:, None] & (cols < D)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(rows < M - first)[:, None] & (cols < D)[None, :], other=0.0)
     elif MASKED:
-        return tl.load(ptrs, mask=(rows < M)[:, None], other=0.0)
+        return tl.load(ptrs, mask=(rows < M - first)[:, None], other=0.0)
     elif D != BLOCK_D:
         return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
     else:
@@ -92,11 +98,14 @@ def load_rows(ptr, rows, stride, M, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK
 
 
 @triton.jit
-def store_rows(ptr, rows, stride, M, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores what `load_rows` would load, converted to the dtype of `ptr`."""
+def store_rows(ptr, first, stride, M, x, BLOCK_M: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
+    """Stores where `load_rows` loads, rounded to the dtype of `ptr`."""
+    rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
-    ptrs = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-    mask = (rows < M)[:, None]
+    offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
+    mask = (rows < M - first)[:, None]
     if D != BLOCK_D:
         mask = mask & (cols < D)[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
