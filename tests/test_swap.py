@@ -3,131 +3,36 @@
 import copy
 import io
 import pickle
-import re
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import check_modules, randomize
+from swap_models import (
+    DIM,
+    HEADS,
+    HIDDEN,
+    PAD,
+    Model,
+    TinyDenseActDense,
+    TinyGatedMLP,
+    TinyIntermediate,
+    TinyMLP,
+    TinyOutput,
+    TinyRMSNorm,
+    decoder_layer,
+    encoder_layer,
+    raises,
+    x_of,
+)
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from torch.overrides import TorchFunctionMode
 
 import fastlm
 from fastlm import layers
-from fastlm.swap import activate_sdpa, structure, swap, unswap, verify
+from fastlm.swap import activate_sdpa, swap, unswap, verify
 from fastlm.swap.fused import Fused
-from fastlm.testing import randn
-
-DIM, HEADS, HIDDEN = 12, 2, 20
-PAD = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
-
-
-class TinyIntermediate(nn.Module):
-    def __init__(self, act=F.gelu):
-        super().__init__()
-        self.dense = nn.Linear(DIM, HIDDEN)
-        self.act = act
-
-    def forward(self, x):
-        return self.act(self.dense(x))
-
-
-class TinyOutput(nn.Module):
-    def __init__(self, p=0.0):
-        super().__init__()
-        self.dense = nn.Linear(DIM, DIM)
-        self.norm = nn.LayerNorm(DIM)
-        self.drop = nn.Dropout(p)
-
-    def forward(self, x, y):
-        return self.norm(y + self.drop(self.dense(x)))
-
-
-class TinyMLP(nn.Module):
-    def __init__(self, p=0.0):
-        super().__init__()
-        self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
-        self.act, self.drop = nn.GELU(approximate="tanh"), nn.Dropout(p)
-
-    def forward(self, x):
-        return self.drop(self.down(self.drop(self.act(self.up(x)))))
-
-
-class TinyGatedMLP(nn.Module):
-    def __init__(self, bias=False):
-        super().__init__()
-        self.up, self.gate = (nn.Linear(DIM, HIDDEN, bias=bias) for _ in range(2))
-        self.down, self.act = nn.Linear(HIDDEN, DIM, bias=bias), nn.SiLU()
-
-    def forward(self, x):
-        return self.down(self.up(x) * self.act(self.gate(x)))
-
-
-class TinyDenseActDense(nn.Module):
-    """As T5's, whose second layer may be kept in fp32."""
-
-    def __init__(self):
-        super().__init__()
-        self.wi, self.wo, self.act = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), nn.ReLU()
-
-    def forward(self, x):
-        x = self.act(self.wi(x))
-        if x.dtype != self.wo.weight.dtype:
-            x = x.to(self.wo.weight.dtype)
-        return self.wo(x)
-
-
-class TinyRMSNorm(nn.Module):
-    """Rounds as `casting` says."""
-
-    def __init__(self, casting="llama", dim=DIM):
-        super().__init__()
-        self.weight, self.eps, self.casting = nn.Parameter(torch.ones(dim)), 1e-6, casting
-
-    def forward(self, x):
-        wide = x.float() if x.dtype != torch.float64 else x
-        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.casting == "llama":
-            return self.weight * y.to(x.dtype)
-        if self.casting == "t5":  # llama's, but for half inputs with fp32 weights
-            return self.weight * y.to(self.weight.dtype)
-        if self.casting == "gemma":
-            return (y * (1.0 + self.weight.to(y.dtype))).to(x.dtype)
-        if self.casting == "torch":
-            return (y * self.weight.to(y.dtype)).to(x.dtype)
-        return (y * self.weight.to(y.dtype) ** 2).to(x.dtype)
-
-
-class Model(nn.Module):
-    """A bit of everything."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
-        self.intermediate = TinyIntermediate()
-        self.shrink = nn.Linear(HIDDEN, DIM)
-        self.output = TinyOutput()
-        self.head = nn.Sequential(nn.RMSNorm(DIM), nn.Linear(DIM, 3))
-
-    def forward(self, x, padding=None):
-        x = self.encoder(x, src_key_padding_mask=padding)
-        return self.head(self.output(self.shrink(self.intermediate(x)), x))
-
-
-def encoder_layer(**options):
-    options = {"dropout": 0.0, "batch_first": True, **options}
-    return nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, **options)
-
-
-def decoder_layer(**options):
-    return nn.TransformerDecoderLayer(DIM, HEADS, HIDDEN, dropout=0.0, batch_first=True, **options)
-
-
-def x_of(seqlen=5, dim=DIM, seed=0):
-    return randn(3, seqlen, dim, seed=seed)
-
 
 SEQUENCE = {"src": x_of()}
 PADDED = {"src": x_of(), "src_key_padding_mask": PAD}
@@ -274,10 +179,6 @@ def test_report_prints_as_a_table():
         "no fused form of mish(linear(x))",
         "2 modules replaced, 1 left",
     ]
-
-
-def raises(error, message):
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
 def test_swap_errors():
@@ -563,202 +464,3 @@ def test_no_attribute_of_another_package_is_assigned():
         assert snapshot() == before
     unswap(model)
     assert snapshot() == before
-
-
-@pytest.mark.parametrize(
-    ("module", "text", "children"),
-    [
-        (TinyIntermediate(), "act(linear(x))", ("act", "dense")),
-        (TinyOutput(), "norm(dropout(linear(x)) + y)", ("norm", "drop", "dense")),
-        (
-            TinyMLP(),
-            "dropout(linear(dropout(act(linear(x)))))",
-            ("drop", "down", "drop", "act", "up"),
-        ),
-        (TinyGatedMLP(), "linear(act(linear(x)) * linear(x))", ("down", "act", "gate", "up")),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_formula(module, text, children):
-    found = structure.formula(module)
-    assert (found.text, found.children) == (text, children)
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        (F.gelu, "gelu"),
-        (nn.GELU(), "gelu"),
-        (nn.GELU(approximate="tanh"), "gelu_tanh"),
-        (lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))), "gelu_tanh"),
-        (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
-        (torch.relu, "relu"),
-        (lambda x: torch.relu(x) ** 2, "relu2"),
-        (nn.SiLU(), "silu"),
-        (lambda x: torch.clip(F.gelu(x), -10, 10), None),
-        (nn.LeakyReLU(), None),
-        (nn.Mish(), None),
-        (nn.PReLU(init=0.0), None),  # relu until it is trained
-        (nn.Dropout(0.0), None),
-        (nn.Softmax(-1), None),
-        (torch.float64, None),
-        (lambda x: 1 / 0, None),
-    ],
-)
-def test_activations_are_told_apart_by_their_values(function, name):
-    assert structure.activation_name(function) == name
-
-
-@pytest.mark.parametrize("dim", [4, 64, 700])
-@pytest.mark.parametrize("casting", ["llama", "gemma", "torch"])
-def test_castings_are_told_apart_by_their_values(casting, dim):
-    assert structure.rms_casting(TinyRMSNorm(casting, dim), 1e-6) == casting
-    assert structure.rms_casting(TinyRMSNorm(casting, dim), 1e-2) is None
-
-
-def test_verify_reports_and_leaves_everything_as_it_was():
-    model = randomize(Model()).train()
-    model.head.eval()
-    flags = [m.training for m in model.modules()]
-    state = torch.get_rng_state()
-    report = verify(model, {"x": x_of(), "padding": PAD})
-    assert report.passed and report.first_failure is None
-    assert [row.name for row in report.outputs] == ["output"]
-    trained = [f"grad of {name}" for name, p in model.named_parameters() if p.requires_grad]
-    assert [row.name for row in report.gradients] == trained
-    assert [row.name for row in report.modules] == ["encoder", "intermediate", "output", "head.0"]
-    assert str(report).endswith("every output and gradient is within its bound")
-    assert [m.training for m in model.modules()] == flags
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in model.parameters())
-    assert type(model.output) is TinyOutput
-
-
-def test_verify_of_a_swapped_model_leaves_it_swapped():
-    model = randomize(Model())
-    swap(model, only=["ffn"])
-    classes = [type(m) for m in model.modules()]
-    report = verify(model, (x_of(), PAD))
-    assert report.passed and [row.name for row in report.modules] == ["intermediate"]
-    assert [type(m) for m in model.modules()] == classes
-
-
-def test_verify_names_the_first_module_that_is_wrong(monkeypatch):
-    from fastlm.swap import fused
-
-    right = fused.bias_act
-    monkeypatch.setattr(fused, "bias_act", lambda *a, **k: right(*a, **k) * 1.001)
-    report = verify(randomize(Model()), x_of())
-    assert not report.passed and report.first_failure == "intermediate"
-    assert "the first module past it: intermediate" in str(report)
-
-
-def test_verify_of_inputs_that_require_gradients():
-    x = x_of().requires_grad_()
-    report = verify(randomize(Model()), x)
-    assert report.passed and report.gradients[0].name == "grad of input"
-    assert x.grad is None
-
-
-def test_verify_errors():
-    with raises(TypeError, "verify: model must be a torch.nn.Module, got str"):
-        verify("model", x_of())
-    model = nn.Sequential(nn.LayerNorm(DIM), Rounded())
-    message = "verify: model must have a floating-point tensor among its outputs, got none"
-    with raises(ValueError, message):
-        verify(model, x_of())
-    assert type(model[0]) is nn.LayerNorm
-
-
-class Rounded(nn.Module):
-    def forward(self, x):
-        return x.long()
-
-
-REFUSED = "scaled_dot_product_attention: dropout_p must be a number from 0 to 1, got 2.0"
-
-
-def routed(call) -> bool:
-    """Whether an attention with an impossible dropout raises fastlm's error, not torch's."""
-    with pytest.raises(Exception) as error:
-        call()
-    return str(error.value) == REFUSED
-
-
-def test_sdpa_route_is_active_within_its_context():
-    q = randn(2, 3, 5, 8)
-    bad = lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=2.0)
-    before = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    with activate_sdpa() as route:
-        assert routed(bad)
-        inside = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert not routed(bad)
-    torch.testing.assert_close(inside, before)
-    route.deactivate()  # a second time
-    route = activate_sdpa()
-    assert routed(bad)
-    route.deactivate()
-    assert not routed(bad)
-    with pytest.raises(KeyError), activate_sdpa():
-        raise KeyError
-    assert not routed(bad)
-
-
-def test_sdpa_route_leaves_other_modes_alone():
-    class Other(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    seen, q = [], randn(2, 3, 5, 8)
-    bad = lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=2.0)
-    route = activate_sdpa()
-    with Other():
-        assert routed(bad)
-        route.deactivate()  # before the mode that was entered after it
-        assert not routed(bad)
-        seen.clear()
-        torch.relu(q)
-        assert torch.relu in seen
-    assert not routed(bad)
-
-
-def test_sdpa_route_reaches_torchs_own_attention():
-    module = nn.MultiheadAttention(DIM, HEADS, dropout=0.5, batch_first=True)
-    x = x_of()
-    module.eval()
-    before, weights = module(x, x, x, key_padding_mask=PAD)
-    with activate_sdpa():
-        after = module(x, x, x, key_padding_mask=PAD, need_weights=False)[0]
-        with_weights = module(x, x, x, key_padding_mask=PAD)
-        module.dropout = 2.0
-        module.train()
-        assert routed(lambda: module(x, x, x, need_weights=False))
-    torch.testing.assert_close(after, before)
-    torch.testing.assert_close(with_weights, (before, weights))
-
-
-def test_sdpa_route_differentiates_and_compiles():
-    q = randn(2, 3, 5, 8).requires_grad_()
-    call = lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3) * 2
-    (before,) = torch.autograd.grad(call(q).sum(), q)
-    with activate_sdpa():
-        (after,) = torch.autograd.grad(call(q).sum(), q)
-        compiled = torch.compile(call, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(q), call(q))
-    torch.testing.assert_close(after, before)
-
-
-def test_sdpa_route_passes_tensor_subclasses_by():
-    class Counting(torch.Tensor):
-        calls = 0
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            cls.calls += func is F.scaled_dot_product_attention
-            return super().__torch_function__(func, types, args, kwargs)
-
-    q = randn(2, 3, 5, 8).as_subclass(Counting)
-    with activate_sdpa():
-        out = F.scaled_dot_product_attention(q, q, q)
-    assert Counting.calls == 1 and type(out) is Counting
