@@ -71,14 +71,14 @@ def _attention_bwd_delta_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, N, scale_log2,
+    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, scale_log2,
     D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys [begin, end) contribute to dq / scale of a tile of queries."""
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, N, BLOCK_N, D, BLOCK_D, MASKED)
-        v = load_rows(v_ptr, start, stride_vn, N, BLOCK_N, D, BLOCK_D, MASKED)
+        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse2[:, None])
         if MASKED:
@@ -125,11 +125,11 @@ def _attention_bwd_dq_kernel(
         last_key = tl.minimum(rows + diagonal, last_key)
     dq = _add_dq(
         dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, 0, full, last_key,
-        N, scale_log2, D, False, PRECISION, BLOCK_N, BLOCK_D,
+        scale_log2, D, False, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, end,
-        last_key, N, scale_log2, D, True, PRECISION, BLOCK_N, BLOCK_D,
+        last_key, scale_log2, D, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_ptr += (batch * M * H + head) * D
     dq *= scale_log2 * LN_2
@@ -193,7 +193,7 @@ def _attention_bwd_dk_dv_kernel(
 ):  # fmt: skip
     """dk and dv of one block of keys of one key head, over all query heads of its group.
 
-    Keys from N on get finite or infinite nonsense in rows of their own, which are not stored.
+    Keys from N on get nonsense in rows of their own, which are not stored.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(N, BLOCK_N), False, section)
     H_K = H // GROUP
@@ -207,8 +207,11 @@ def _attention_bwd_dk_dv_kernel(
     do_ptr += (batch * stride_dob + head * stride_doh) * UNIT
     lse2_ptr += (batch * H + head) * M
     delta_ptr += (batch * H + head) * M
-    k = load_rows(k_ptr, first_key, stride_kn * UNIT, N, BLOCK_N, D, BLOCK_D, True)
-    v = load_rows(v_ptr, first_key, stride_vn * UNIT, N, BLOCK_N, D, BLOCK_D, True)
+    seen = N  # keys from here on are seen by no row and not read; they may hold NaN
+    if IS_CAUSAL:
+        seen = tl.minimum(N, M + diagonal)
+    k = load_rows(k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
+    v = load_rows(v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -219,11 +222,10 @@ def _attention_bwd_dk_dv_kernel(
     ragged = whole * BLOCK_M < M
     first_seeing = first_key - diagonal + tl.arange(0, BLOCK_N)  # first row that sees the key
     if IS_CAUSAL:
-        seen = tl.maximum(first_key - diagonal, 0)
+        begin = tl.maximum(first_key - diagonal, 0) // BLOCK_M
         last_key = tl.minimum(first_key + BLOCK_N, N) - 1
-        begin = seen // BLOCK_M
         full = tl.cdiv(tl.maximum(last_key - diagonal, 0), BLOCK_M)
-        ragged = ragged & (seen < M)
+        ragged = ragged & (first_key < seen)
     masked = tl.maximum(tl.minimum(full, whole) - begin, 0) + ragged.to(tl.int32)
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,

@@ -35,13 +35,16 @@ RUNTIME += [f"stride_{x}" for x in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "v
 
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, N, scale_log2,
+    acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, scale_log2,
     D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries."""
+    """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries.
+
+    MASKED: no row sees keys from `end` on, which are not read; they may hold NaN.
+    """
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, N, BLOCK_N, D, BLOCK_D, MASKED)
+        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             seen = start + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
@@ -57,7 +60,7 @@ def _attend(
         alpha = tl.exp2(m_i - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
-        v = load_rows(v_ptr, start, stride_vn, N, BLOCK_N, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, D, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
 
@@ -92,11 +95,11 @@ def _attention_fwd_kernel(
     if IS_CAUSAL:
         last_key = tl.minimum(rows + diagonal, last_key)
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, 0, full, last_key, N,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, 0, full, last_key,
         scale_log2, D, False, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, end, last_key, N,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, end, last_key,
         scale_log2, D, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
