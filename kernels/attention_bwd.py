@@ -81,11 +81,11 @@ def _add_dq(
         v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse2[:, None])
-        if MASKED:
-            seen = start + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
-            p = tl.where(seen, p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
+        if MASKED:
+            seen = start + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
+            ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -140,7 +140,7 @@ def _attention_bwd_dq_kernel(
 def _add_dk_dv(
     dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr,
     stride_qm, stride_qh, stride_dom, stride_doh,
-    GROUP, M, begin, count, full, first_seeing, scale_log2,
+    stride_stats, GROUP, M, begin, count, full, first_seeing, scale_log2,
     D: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def _add_dk_dv(
         do = load_rows(
             do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, D, BLOCK_D, MASKED
         )
-        stats = head * M + start + rows
+        stats = head * stride_stats + start + rows
         if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
             lse2 = tl.load(lse2_ptr + stats, mask=rows < M - start, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
@@ -201,15 +201,24 @@ def _attention_bwd_dk_dv_kernel(
     head_k = (batch_head % H_K).to(tl.int64)
     head = head_k * GROUP
     first_key = tile * BLOCK_N
+    stats = (batch * H + head) * M
+    stride_stats = M
+    seen = N  # keys from here on are seen by no row and not read; they may hold NaN
+    if IS_CAUSAL:
+        # Nor are rows that see no key, which come first: the others are counted from 0.
+        seen = tl.minimum(N, M + diagonal)
+        dead = tl.maximum(-diagonal, 0)
+        q_ptr += dead.to(tl.int64) * stride_qm * UNIT
+        do_ptr += dead.to(tl.int64) * stride_dom * UNIT
+        stats += dead
+        M -= dead
+        diagonal += dead
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     k_ptr += (batch * stride_kb + head_k * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + head_k * stride_vh) * UNIT
     do_ptr += (batch * stride_dob + head * stride_doh) * UNIT
-    lse2_ptr += (batch * H + head) * M
-    delta_ptr += (batch * H + head) * M
-    seen = N  # keys from here on are seen by no row and not read; they may hold NaN
-    if IS_CAUSAL:
-        seen = tl.minimum(N, M + diagonal)
+    lse2_ptr += stats
+    delta_ptr += stats
     k = load_rows(k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
     v = load_rows(v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -229,13 +238,14 @@ def _attention_bwd_dk_dv_kernel(
     masked = tl.maximum(tl.minimum(full, whole) - begin, 0) + ragged.to(tl.int32)
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, M, begin, masked, full,
+        stride_dom * UNIT, stride_doh * UNIT, stride_stats, GROUP, M, begin, masked, full,
         first_seeing, scale_log2, D, True, IS_CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, M, full, tl.maximum(whole - full, 0), full,
-        first_seeing, scale_log2, D, False, IS_CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
+        stride_dom * UNIT, stride_doh * UNIT, stride_stats, GROUP, M, full,
+        tl.maximum(whole - full, 0), full, first_seeing,
+        scale_log2, D, False, IS_CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     offset = (batch * N * H_K + head_k) * D
     stride = H_K.to(tl.int64) * D
@@ -315,14 +325,14 @@ def attention_bwd(
     )
     row_bytes = 2 * headdim * q.element_size()
     if dq.numel():
-        config = attention_config("dq", q.device, headdim, q.dtype)
+        config = attention_config("dq", q.device, headdim, q.dtype, unit)
         heads = batch * nheads
         section = attention_section(q.device, causal, seqlen_k * row_bytes, heads)
         _attention_bwd_dq_kernel[(ceil_div(seqlen_q, config.block_m) * heads,)](
             q, k, v, do, lse2, delta, dq, *strides, section=section, **call, **config.options()
         )
     if dk.numel():
-        config = attention_config("dkv", q.device, headdim, q.dtype)
+        config = attention_config("dkv", q.device, headdim, q.dtype, unit)
         heads = batch * nheads_k
         head_bytes = call["GROUP"] * seqlen_q * row_bytes
         section = attention_section(q.device, causal, head_bytes, heads)

@@ -133,7 +133,7 @@ def attention_fwd(
     if softmax_scale < 0:  # the running maximum assumes a scale that keeps the order
         q, softmax_scale = -q, -softmax_scale
     unit, strides = aligned_strides(q, k, v)
-    config = attention_config("fwd", q.device, headdim, q.dtype)
+    config = attention_config("fwd", q.device, headdim, q.dtype, unit)
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = 2 * seqlen_k * headdim * q.element_size()
     _attention_fwd_kernel[(tiles * batch * nheads,)](

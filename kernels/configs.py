@@ -122,42 +122,45 @@ class AttentionConfig:
 
 
 # target -> (arithmetic, pass) -> (block_m, block_n, num_warps, num_stages) of head dims up to 32,
-# 64, 128 and 256. Arithmetic is "half", or for fp32 the precision of its products. Chosen by
-# compiling: no spills on NVIDIA up to head dim 128, and on sm_80 at most 99 KB of shared memory,
-# which is what sm_86, sm_89 and sm_120 have. Not timed yet.
+# 64, 128 and 256. Arithmetic is "half", "narrow" where halves cannot be loaded two at a time, or
+# for fp32 the precision of its products. Chosen by compiling: no spills on NVIDIA up to head dim
+# 128, and on sm_80 at most 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
+# Not timed yet.
+_NVIDIA = {
+    ("narrow", "fwd"): ((128, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
+    ("narrow", "dq"): ((64, 64, 4, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
+    ("narrow", "dkv"): ((32, 64, 4, 1), (32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+    ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1)),
+    ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+    ("ieee", "dkv"): ((32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+}
 _ATTENTION = {
     "sm_80": {
-        ("half", "fwd"): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        ("half", "dq"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        ("half", "dkv"): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        **_NVIDIA,
+        ("half", "fwd"): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        ("half", "dq"): ((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ("half", "dkv"): ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
         ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
         ("tf32", "dq"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 1)),
         ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
-        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
-        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
-        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "sm_90": {
+        **_NVIDIA,
         ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
         ("half", "dq"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
         ("half", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2)),
         ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
-        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
-        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
-        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "sm_100": {
+        **_NVIDIA,
         ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
         ("half", "dq"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
         ("half", "dkv"): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
         ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
-        ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
-        ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
-        ("ieee", "dkv"): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "gfx942": {
         ("half", "fwd"): ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
@@ -177,15 +180,17 @@ _ATTENTION_CPU = {
 
 
 def attention_config(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int
 ) -> AttentionConfig:
-    """The configuration of a pass: "fwd", "dq" or "dkv"."""
+    """The configuration of a pass, "fwd", "dq" or "dkv"; `unit` from `aligned_strides`."""
     name = target(device)
     if name == "cpu":
         return _ATTENTION_CPU[which]
     arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
     if name == "gfx942" and arithmetic == "tf32":
         arithmetic = "ieee"  # the same matrix cores
+    if name != "gfx942" and arithmetic == "half" and unit == 1:
+        arithmetic = "narrow"
     by_headdim = _ATTENTION[name][arithmetic, which]
     return AttentionConfig(*by_headdim[max((headdim - 1).bit_length() - 5, 0)])
 
