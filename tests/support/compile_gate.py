@@ -97,6 +97,8 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
         for line in worker.stdout:
             result = json.loads(line)
             rows += [Row(**row) for row in result["rows"]]
+            if "--times" in arguments:
+                print(f"{result['seconds']:6.1f} s  {target}  {result['case']}", flush=True)
             if "error" in result:
                 errors.append(f"{target} {result['case']}: {result['error']}")
         if worker.wait() != 0:
@@ -266,14 +268,21 @@ def _work(options) -> None:
             continue
         if options.case not in case.name or options.target not in (case.targets or TARGETS):
             continue
-        result = {"case": case.name, "rows": []}
+        result, start = {"case": case.name, "rows": []}, _cpu_seconds()
         try:
             result["rows"] = [asdict(row) for row in recorder.record(case)]
         except Exception as error:  # report the others too
             result["error"] = f"{type(error).__name__}: {error}"
             if options.traceback:
                 raise
+        result["seconds"] = _cpu_seconds() - start
         print(json.dumps(result), flush=True)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the assemblers that it ran."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _print_table(rows: list[Row]) -> None:
@@ -295,6 +304,7 @@ def main() -> int:
         "--asm", type=Path, help="write ttgir and ptx or amdgcn of each kernel here"
     )
     parser.add_argument("--update", action="store_true", help="rewrite the golden table")
+    parser.add_argument("--times", action="store_true", help="CPU seconds of each case")
     parser.add_argument("--traceback", action="store_true", help="stop at the first error")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -306,6 +316,7 @@ def main() -> int:
     passed = [f"--only={options.only}", f"--case={options.case}", f"--script={options.script}"]
     passed += [f"--asm={options.asm}"] if options.asm else []
     passed += ["--traceback"] if options.traceback else []
+    passed += ["--times"] if options.times else []
     start = time.monotonic()
     names = [options.target] if options.target else list(TARGETS)
     with ThreadPoolExecutor(2) as pool:
