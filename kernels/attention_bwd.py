@@ -259,7 +259,7 @@ def _delta_and_lse2(do, out, lse, dlse):
     batch, seqlen_q, nheads, headdim = out.shape
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     block_d = max(16, next_power_of_2(headdim))
-    block_m = 4096 // block_d
+    block_m = 8192 // (block_d * do.element_size())
     unit, strides = aligned_strides(do)
     _attention_bwd_delta_kernel[(ceil_div(seqlen_q, block_m) * batch * nheads,)](
         do, out, lse, None if dlse is None else dlse.contiguous(), delta, lse2, *strides,
