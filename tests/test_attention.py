@@ -368,10 +368,13 @@ def test_attention_compiles_once_for_all_lengths():
 def test_attention_opcheck(device):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in small(device).values())
     for causal in ("none", "top_left", "bottom_right"):
-        torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, (q, k, v, causal, 0.3))
-        out, lse = torch.ops.fastlm.attention_fwd(q, k, v, causal, 0.3)
+        scalars = (causal, 0.3, -1, -1, 0.0, 0.0, False, 0, 20, 24)
+        args = (q, k, v, *[None] * 9, *scalars)
+        torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, args)
+        out, lse = torch.ops.fastlm.attention_fwd(*args)
     for dlse, need_dq, need_dkv in ((lse, True, True), (None, True, False), (None, False, True)):
-        args = (out, q, k, v, out, lse, dlse, "bottom_right", 0.3, need_dq, need_dkv)
+        needs = (need_dq, need_dkv, False, False, False, False)
+        args = (out, q, k, v, out, lse, dlse, *[None] * 9, *scalars, *needs)
         torch.library.opcheck(torch.ops.fastlm.attention_bwd.default, args)
 
 
@@ -471,7 +474,7 @@ def test_attention_errors(change, message):
     ({"window": (1, 1)}, "does not take window yet"),
     ({"mask": BOOL}, "does not take mask yet"),
     ({"bias": RelativeBias(TABLE, bidirectional=True, max_distance=9)},
-     "does not take bias yet"),
+     "does not take RelativeBias yet"),
     ({"seqlens_k": torch.ones(1, dtype=torch.int32)}, "does not take seqlens_k yet"),
     ({"alibi_slopes": torch.ones(2)}, "does not take alibi_slopes yet"),
     ({"softcap": 1.0}, "does not take softcap yet"),
