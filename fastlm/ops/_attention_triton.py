@@ -28,7 +28,7 @@ _SCALARS = (
 )  # fmt: skip
 
 
-def refuses(q, v, options: dict, packed: bool = False) -> str | None:
+def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
     """Why the kernels cannot take a call, or None."""
     if q.dtype not in _DTYPES:
         return f"computes in fp32 and does not take {q.dtype}"
@@ -40,7 +40,7 @@ def refuses(q, v, options: dict, packed: bool = False) -> str | None:
         return f"does not take headdim above {widest}, here {max(headdim, headdim_v)}"
     if "headdim_v" in _MISSING and headdim_v != headdim:
         return f"does not take headdim_v = {headdim_v} with headdim = {headdim} yet"
-    if "cu_seqlens" in _MISSING and packed:
+    if "cu_seqlens" in _MISSING and packing is not None:
         return "does not take cu_seqlens yet"
     for name in _MISSING:
         value = options.get("bias" if name == "RelativeBias" else name)

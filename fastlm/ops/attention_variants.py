@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops import _attention_torch
+from fastlm.ops import _attention_torch, _attention_triton
 from fastlm.ops._attention_check import (
     check_new_keys,
     check_options,
@@ -19,6 +19,7 @@ from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
 _BACKENDS = {"torch": supports_all}
+_BACKENDS_VARLEN = {"triton": _attention_triton.refuses, "torch": supports_all}
 
 
 def attention_varlen(
@@ -77,12 +78,13 @@ def attention_varlen(
     shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
     check_options(op, shape, q.device, options)
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
-    choose(op, impl, _BACKENDS, q.device)
     q, k, v = to_common_dtype(q, k, v)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if choose(op, impl, _BACKENDS_VARLEN, q.device, q, v, options, packing) == "triton":
+        q, k, v = (_attention_triton.last_stride_1(x) for x in (q, k, v))
+        return _attention_triton.attention(q, k, v, options, packing)
     with _attention_torch.without_autocast(q.device):
-        return reference.attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-        )
+        return reference.attention_varlen(q, k, v, *packing, **options)
 
 
 def attention_decode(
