@@ -209,3 +209,43 @@ def attention_section(device: torch.device, causal: str, head_bytes: int, heads:
     if causal == "none":
         return 1
     return max(1, min(heads, _SECTION_BYTES[target(device)] // max(head_bytes, 1)))
+
+
+def decode_config(
+    device: torch.device, rows: int, heads: int, seqlen_k: int, widest: int, dtype: torch.dtype
+) -> tuple[AttentionConfig, int]:
+    """(tiles, splits of the keys) of `attention_decode`: two programs a multiprocessor.
+
+    Args:
+        rows: queries times the heads that share a key head.
+        heads: batch times key heads.
+        seqlen_k: keys that the cache has room for; how many are filled only the device knows.
+        widest: the wider of the head dims, a power of two.
+    """
+    block_m = min(max(next_power_of_2(rows), 16), max(16, min(64, 8192 // widest)))
+    if target(device) == "cpu":  # splits, some of them empty, in every call
+        return AttentionConfig(block_m, 16, 4, 1), min(ceil_div(seqlen_k, 16) + 1, 3)
+    words = 4 if dtype == torch.float32 else 2
+    block_n = max(16, min(128, 16384 // (widest * words)))
+    tiles = ceil_div(rows, block_m) * heads
+    # At least 4 blocks in a split, or the combination costs more than it saves.
+    splits = min(ceil_div(2 * multiprocessors(device), tiles), ceil_div(seqlen_k, 4 * block_n), 128)
+    stages = 2 if target(device) == "gfx942" else 3
+    return AttentionConfig(block_m, block_n, 4, stages), max(splits, 1)
+
+
+@functools.cache
+def bucket_starts(num_buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
+    """The least |key - query| of each `RelativeBias` bucket of one side, but the first.
+
+    Half of a side's buckets hold one distance each; the rest grow with the logarithm of the
+    distance, in the reference's fp32. A bucket that the logarithm jumps over starts as the next.
+    """
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = side // 2
+    distance = torch.arange(exact, max(max_distance, exact) + 1)
+    fraction = torch.log(distance.float() / exact) / math.log(max_distance / exact)
+    bucket = (exact + (fraction * (side - exact)).long()).clamp(max=side - 1)
+    bucket = torch.cummax(bucket, 0).values
+    grown = torch.searchsorted(bucket, torch.arange(exact + 1, side)) + exact
+    return *range(1, exact + 1), *grown.tolist()
