@@ -212,7 +212,13 @@ def attention_section(device: torch.device, causal: str, head_bytes: int, heads:
 
 
 def decode_config(
-    device: torch.device, rows: int, heads: int, seqlen_k: int, widest: int, dtype: torch.dtype
+    device: torch.device,
+    rows: int,
+    heads: int,
+    seqlen_k: int,
+    widest: int,
+    dtype: torch.dtype,
+    plain: bool,
 ) -> tuple[AttentionConfig, int]:
     """(tiles, splits of the keys) of `attention_decode`: two programs a multiprocessor.
 
@@ -221,17 +227,20 @@ def decode_config(
         heads: batch times key heads.
         seqlen_k: keys that the cache has room for; how many are filled only the device knows.
         widest: the wider of the head dims, a power of two.
+        plain: no option reads a value for each pair, so that wider tiles fit into registers.
     """
-    block_m = min(max(next_power_of_2(rows), 16), max(16, min(64, 8192 // widest)))
+    most = min(64, 8192 // widest) if plain else min(32, 2048 // widest)
+    block_m = min(max(next_power_of_2(rows), 16), max(16, most))
     if target(device) == "cpu":  # splits, some of them empty, in every call
         return AttentionConfig(block_m, 16, 4, 1), min(ceil_div(seqlen_k, 16) + 1, 3)
     words = 4 if dtype == torch.float32 else 2
-    block_n = max(16, min(128, 16384 // (widest * words)))
+    block_n = max(16, min(128, 16384 // (widest * words)) // (1 if plain else 2))
     tiles = ceil_div(rows, block_m) * heads
     # At least 4 blocks in a split, or the combination costs more than it saves.
     splits = min(ceil_div(2 * multiprocessors(device), tiles), ceil_div(seqlen_k, 4 * block_n), 128)
     stages = 2 if target(device) == "gfx942" else 3
-    return AttentionConfig(block_m, block_n, 4, stages), max(splits, 1)
+    warps = 4 if plain or words == 2 else 8
+    return AttentionConfig(block_m, block_n, warps, stages), max(splits, 1)
 
 
 @functools.cache
@@ -243,9 +252,9 @@ def bucket_starts(num_buckets: int, bidirectional: bool, max_distance: int) -> t
     """
     side = num_buckets // 2 if bidirectional else num_buckets
     exact = side // 2
-    distance = torch.arange(exact, max(max_distance, exact) + 1)
+    distance = torch.arange(exact, max_distance + 1, device="cpu")
     fraction = torch.log(distance.float() / exact) / math.log(max_distance / exact)
     bucket = (exact + (fraction * (side - exact)).long()).clamp(max=side - 1)
     bucket = torch.cummax(bucket, 0).values
-    grown = torch.searchsorted(bucket, torch.arange(exact + 1, side)) + exact
+    grown = torch.searchsorted(bucket, torch.arange(exact + 1, side, device="cpu")) + exact
     return *range(1, exact + 1), *grown.tolist()

@@ -40,6 +40,7 @@ def forward_backward(fn: Callable, *tensors: torch.Tensor, **options) -> None:
 def cases() -> Iterator[Case]:
     yield from norm()
     yield from attention()
+    yield from attention_decode()
     yield from ffn()
     yield from loss()
 
@@ -91,6 +92,39 @@ def attention() -> Iterator[Case]:
     yield case("causal-gqa-lengths", "bf16", 40, nheads_k=4, seqlen_q=333, causal="top_left")
     yield case("causal", "fp32", 64, causal=True)
     yield case("full", "fp32", 128)
+
+
+def attention_decode() -> Iterator[Case]:
+    def case(label, dtype, headdim, *, nheads=16, nheads_k=4, seqlen_q=1, cache=None, **options):
+        def run():
+            q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype], grad=False)
+            new = tensor(2, seqlen_q, nheads_k, headdim, dtype=DTYPES[dtype], grad=False)
+            kv = tensor(2, 4096, nheads_k, headdim, dtype=DTYPES[cache or dtype], grad=False)
+            lens = tensor(2, dtype=torch.int32)
+            fastlm.attention_decode(q, kv, kv, lens, k_new=new, v_new=new, impl="triton", **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-decode-{label}", run)
+
+    def every():
+        return dict(
+            window=(512, 0), mask=tensor(2, 1, 1, 4096, dtype=torch.bool),
+            bias=tensor(16, 1, 4096, grad=False), alibi_slopes=tensor(16, grad=False),
+            softcap=30.0, sinks=tensor(16, grad=False),
+        )  # fmt: skip
+
+    yield case("aligned", "bf16", 64)
+    yield case("aligned", "bf16", 128)
+    yield case("queries-aligned", "bf16", 128, seqlen_q=16)
+    yield case("aligned", "fp16", 256)
+    yield case("aligned", "bf16", 512)
+    yield case("aligned", "fp32", 128)
+    yield case("odd", "fp16", 80)
+    yield case("mixed", "fp16", 128, cache="bf16")
+    table = lambda: fastlm.RelativeBias(
+        tensor(32, 16, grad=False), bidirectional=False, max_distance=128
+    )
+    yield case("table", "bf16", 64, bias=table())
+    yield case("every", "bf16", 128, seqlen_q=16, **every())
 
 
 def ffn() -> Iterator[Case]:
