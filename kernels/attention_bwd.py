@@ -4,7 +4,7 @@
     dv = (keep * p)^T do;  ds = p * (keep * do v^T - delta) * score'
     dq = scale * ds k;  dk = scale * ds^T q
 
-Probabilities are recomputed from lse, in base 2 as in the forward. dq goes over blocks of keys; dk
+Probabilities are recomputed from lse, in the forward's base. dq goes over blocks of keys; dk
 and dv over blocks of queries of every head that shares the key head, summed in fp32. That is 7
 matrix products where atomics on dq would need 5, and the price of equal bits from equal inputs.
 Gradients of biases, tables, slopes and sinks: attention_dbias.py.
@@ -14,17 +14,20 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_dbias import (
+    attention_dalibi,
+    attention_dbias,
+    attention_dsinks,
+    attention_dtable,
+)
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     key_ranges,
-    logits_log2,
-    of_head,
+    logits,
     option_arguments,
     seen_keys,
     sequence,
@@ -38,7 +41,6 @@ from fastlm.kernels.configs import (
     next_power_of_2,
 )
 from fastlm.kernels.primitives import (
-    LN_2,
     LOG2_E,
     dropout_keep,
     load_rows,
@@ -55,11 +57,12 @@ DELTA_RUNTIME = ["H", "M", *(f"stride_do{y}" for y in "bmh")]
 
 @triton.jit(do_not_specialize=DELTA_RUNTIME)
 def _attention_bwd_delta_kernel(
-    do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr,
+    do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, safe_lse_ptr,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64, H, M,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BASE_2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in base 2, +inf for rows without keys: their p = exp2(s - inf) is then 0."""
+    """delta, and lse in its scores' base, +inf for rows without keys: exp2(s - inf) is then 0."""
     tiles = tl.cdiv(M, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     batch = (batch_head // H).to(tl.int64)
@@ -78,13 +81,15 @@ def _attention_bwd_delta_kernel(
     lse = tl.load(lse_ptr + stats, mask=mask, other=0.0)
     dead = lse == float("-inf")
     tl.store(delta_ptr + stats, tl.where(dead, 0.0, delta), mask=mask)
-    tl.store(lse2_ptr + stats, tl.where(dead, float("inf"), lse * LOG2_E), mask=mask)
+    if BASE_2:
+        lse *= LOG2_E
+    tl.store(safe_lse_ptr + stats, tl.where(dead, float("inf"), lse), mask=mask)
 
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key,
-    last_key, rows, M, N, diagonal, scale_log2, head_options, seed_ptr, threshold, dropout_scale,
+    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key,
+    last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
     batch, head,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,12 +106,12 @@ def _add_dq(
         cols = start + tl.arange(0, BLOCK_N)
         slope = 1.0
         if HAS_OPTIONS:
-            s, slope = logits_log2(
-                s, rows[:, None], cols[None, :], M, N, diagonal, scale_log2, head_options
+            s, slope = logits(
+                s, rows[:, None], cols[None, :], M, N, diagonal, scale, batch, head, options
             )
-            p = tl.exp2(s - lse2[:, None])
+            p = tl.exp2((s - lse[:, None]) * LOG2_E)
         else:
-            p = tl.exp2(s * scale_log2 - lse2[:, None])
+            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
         if MASKED:
             seen = cols[None, :] <= last_key[:, None]
             if HAS_LEFT:
@@ -130,12 +135,12 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
-    H, GROUP, M, N, T, section, scale_log2,
+    H, GROUP, M, N, T, section, scale,
     mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
     stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
@@ -147,7 +152,7 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dq of one tile of queries of one head. Strides count UNIT elements.
 
-    M, N: lengths, of packed sequences the longest's. T: rows of a head in lse2 and delta.
+    M, N: lengths, of packed sequences the longest's. T: rows of a head in lse and delta.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
@@ -158,8 +163,8 @@ def _attention_bwd_dq_kernel(
     first_q, first_k, n_q, n_k, diagonal = sequence(
         batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
     )
-    head_options = of_head(
-        batch, head, mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    options = (
+        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
         bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
         values_ptr, extent, slopes_ptr, stride_sb, softcap,
     )  # fmt: skip
@@ -179,7 +184,7 @@ def _attention_bwd_dq_kernel(
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
     do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
-    lse2 = tl.load(lse2_ptr + stats + rows, mask=rows < n_q, other=float("inf"))
+    lse = tl.load(lse_ptr + stats + rows, mask=rows < n_q, other=float("inf"))
     delta = tl.load(delta_ptr + stats + rows, mask=rows < n_q, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, full, full_end, low, end = key_ranges(
@@ -188,32 +193,32 @@ def _attention_bwd_dq_kernel(
     first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
     if HAS_LEFT:
         dq = _add_dq(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
-            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale_log2,
-            head_options, seed_ptr, threshold, dropout_scale, batch, head, D, DV, True, True,
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
+            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
+            options, seed_ptr, threshold, dropout_scale, batch, head, D, DV, True, True,
             HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end,
-        low, first_key, last_key, rows, n_q, n_k, diagonal, scale_log2, head_options, seed_ptr,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end,
+        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, dropout_scale, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS,
         PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end,
-        low, first_key, last_key, rows, n_q, n_k, diagonal, scale_log2, head_options, seed_ptr,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end,
+        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, dropout_scale, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS,
         PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    dq *= scale_log2 * LN_2
+    dq *= scale
     store_rows(dq_ptr, first_row, H.to(tl.int64) * D, n_q, dq, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
 def _add_dk_dv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
     GROUP, M, N, T, begin, count, full, jump, first_row, last_row, cols, first_col, diagonal,
-    scale_log2, batch, head_0, options, seed_ptr, threshold, dropout_scale,
+    scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -239,25 +244,25 @@ def _add_dk_dv(
         )
         stats = head * T + start + rows
         if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
-            lse2 = tl.load(lse2_ptr + stats, mask=rows < M - start, other=float("inf"))
+            lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
         else:
-            lse2 = tl.load(lse2_ptr + stats)
+            lse = tl.load(lse_ptr + stats)
             delta = tl.load(delta_ptr + stats)
         if FORBIDS or (MASKED and (HAS_LEFT or HAS_RIGHT)):
             # Rows that see no key may hold NaN, and 0 * NaN is NaN.
-            q = tl.where(lse2[:, None] < float("inf"), q, 0.0)
+            q = tl.where(lse[:, None] < float("inf"), q, 0.0)
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 1.0
         if HAS_OPTIONS:
-            s, slope = logits_log2(
-                s, start + rows[None, :], cols[:, None], M, N, diagonal, scale_log2,
-                of_head(batch, head_0 + head, *options),
+            s, slope = logits(
+                s, start + rows[None, :], cols[:, None], M, N, diagonal, scale,
+                batch, head_0 + head, options,
             )  # fmt: skip
-            p = tl.exp2(s - lse2[None, :])
+            p = tl.exp2((s - lse[None, :]) * LOG2_E)
         else:
-            p = tl.exp2(s * scale_log2 - lse2[None, :])
+            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         if MASKED and HAS_RIGHT:
             p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
         if MASKED and HAS_LEFT:
@@ -282,12 +287,12 @@ def _add_dk_dv(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
-    H, GROUP, M, N, T, section, scale_log2,
+    H, GROUP, M, N, T, section, scale,
     mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
     stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
@@ -327,7 +332,7 @@ def _attention_bwd_dk_dv_kernel(
         stats = head * T + first_q
         first_out = first_k
         stored = n_k
-    lse2_ptr += stats
+    lse_ptr += stats
     delta_ptr += stats
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     HAS_OPTIONS: tl.constexpr = (
@@ -364,20 +369,20 @@ def _attention_bwd_dk_dv_kernel(
     full_end = tl.maximum(tl.minimum(full_end, end), full)
     masked = tl.maximum(tl.minimum(full, end) - begin, 0) + tl.maximum(end - full_end, 0)
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
         stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked, full,
-        full_end - full, first_row, last_row, cols, first_key, diagonal, scale_log2, batch, head,
+        full_end - full, first_row, last_row, cols, first_key, diagonal, scale, batch, head,
         options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
         stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full, full_end - full, full,
-        0, first_row, last_row, cols, first_key, diagonal, scale_log2, batch, head,
+        0, first_row, last_row, cols, first_key, diagonal, scale, batch, head,
         options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    dk *= scale_log2 * LN_2
+    dk *= scale
     if seqlens_k_ptr is not None:
         dk = tl.where(cols[:, None] < n_k, dk, 0.0)
         dv = tl.where(cols[:, None] < n_k, dv, 0.0)
@@ -388,25 +393,26 @@ def _attention_bwd_dk_dv_kernel(
     store_rows(dv_ptr, first_key, stride * DV, stored, dv, BLOCK_N, DV, BLOCK_DV)
 
 
-def _delta_and_lse2(do, out, lse, dlse):
-    """rowsum(do * out) - dlse, and lse in base 2: fp32 in the shape of lse both."""
+def _delta_and_lse(do, out, lse, dlse, base_2):
+    """rowsum(do * out) - dlse, and lse for `exp2`: fp32 in the shape of lse both."""
     if out.dim() == 3:  # tokens are rows of one sequence here
         do, out = do[None], out[None]
     batch, seqlen_q, nheads, headdim = out.shape
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    delta, safe_lse = torch.empty_like(lse), torch.empty_like(lse)
     block_d = max(16, next_power_of_2(headdim))
     block_m = 4096 // block_d
     unit, strides = aligned_strides(do)
     _attention_bwd_delta_kernel[(ceil_div(seqlen_q, block_m) * batch * nheads,)](
-        do, out, lse, None if dlse is None else dlse.contiguous(), delta, lse2, *strides,
+        do, out, lse, None if dlse is None else dlse.contiguous(), delta, safe_lse, *strides,
         H=nheads,
         M=seqlen_q,
         D=headdim,
+        BASE_2=base_2,
         UNIT=unit,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
     )  # fmt: skip
-    return delta, lse2
+    return delta, safe_lse
 
 
 def attention_bwd(
@@ -459,20 +465,13 @@ def attention_bwd(
     dq = new(q.shape if need_dq else (0,), dtype=q.dtype, device=q.device)
     dk = new(k.shape if need_dkv else (0,), dtype=k.dtype, device=q.device)
     dv = new(v.shape if need_dkv else (0,), dtype=v.dtype, device=q.device)
-    grads = [
-        torch.zeros_like(x) if needed else q.new_empty((0,), dtype=torch.float32)
-        for x, needed in (
-            (bias, need_dbias),
-            (table, need_dtable),
-            (alibi_slopes, need_dalibi),
-            (sinks, need_dsinks),
-        )
-    ]
     if do.stride(-1) != 1:  # such as the expanded gradient of a sum
         do = do.contiguous()
-    delta, lse2 = lse, lse
+    delta = lse
+    base_2 = mask is None and bias is None and table is None and alibi_slopes is None
+    base_2 = base_2 and softcap == 0.0
     if out.numel():
-        delta, lse2 = _delta_and_lse2(do, out, lse, dlse)
+        delta, lse = _delta_and_lse(do, out, lse, dlse, base_2)
     nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
     if packed:
         batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
@@ -487,7 +486,7 @@ def attention_bwd(
         M=seqlen_q,
         N=seqlen_k,
         T=lse.shape[-1],
-        scale_log2=softmax_scale * math.log2(math.e),
+        scale=softmax_scale,
         **option_arguments(
             (seqlen_q, seqlen_k), mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
             alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p,
@@ -500,7 +499,7 @@ def attention_bwd(
         BLOCK_D=max(16, next_power_of_2(headdim)),
         BLOCK_DV=max(16, next_power_of_2(headdim_v)),
     )  # fmt: skip
-    inputs = (q, k, v, do, lse2, delta)
+    inputs = (q, k, v, do, lse, delta)
     widest = max(headdim, headdim_v)
     row_bytes = (headdim + headdim_v) * q.element_size()
     if dq.numel() and batch * seqlen_q:
@@ -518,4 +517,15 @@ def attention_bwd(
         _attention_bwd_dk_dv_kernel[(ceil_div(seqlen_k, config.block_n) * heads,)](
             *inputs, dk, dv, *strides, section=section, **call, **config.options()
         )
-    return dq, dk, dv, *grads
+    rest = inputs, strides, batch, call
+    none = q.new_empty((0,), dtype=torch.float32)
+    buckets = (bidirectional, max_distance)
+    return (
+        dq,
+        dk,
+        dv,
+        attention_dbias(bias, *rest) if need_dbias else none,
+        attention_dtable(table, *buckets, *rest) if need_dtable else none.clone(),
+        attention_dalibi(alibi_slopes, *rest) if need_dalibi else none.clone(),
+        attention_dsinks(sinks, lse, delta, base_2) if need_dsinks else none.clone(),
+    )

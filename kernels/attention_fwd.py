@@ -22,8 +22,7 @@ import triton.language as tl
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     key_ranges,
-    logits_log2,
-    of_head,
+    logits,
     option_arguments,
     seen_keys,
     sequence,
@@ -53,23 +52,25 @@ RUNTIME += [f"stride_{x}" for x in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "v
 @triton.jit
 def _attend(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key, last_key,
-    rows, M, N, diagonal, scale_log2, head_options, seed_ptr, threshold, batch, head,
+    rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries.
 
-    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN.
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. Scores and maxima are
+    in base 2, except with options.
     """
+    scale_log2 = scale * LOG2_E
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED)
         cols = start + tl.arange(0, BLOCK_N)
         if HAS_OPTIONS:
-            s, _ = logits_log2(
-                s, rows[:, None], cols[None, :], M, N, diagonal, scale_log2, head_options
+            s, _ = logits(
+                s, rows[:, None], cols[None, :], M, N, diagonal, scale, batch, head, options
             )
         elif MASKED:
             s *= scale_log2
@@ -86,12 +87,16 @@ def _attend(
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # A row that has seen no key yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - shift[:, None])
+            if HAS_OPTIONS:
+                p = tl.exp2((s - shift[:, None]) * LOG2_E)
+                alpha = tl.exp2((m_i - shift) * LOG2_E)
+            else:
+                p = tl.exp2(s - shift[:, None])
+                alpha = tl.exp2(m_i - shift)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            shift = m_new
-            p = tl.exp2(s * scale_log2 - shift[:, None])
-        alpha = tl.exp2(m_i - shift)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         if seed_ptr is not None:
@@ -107,7 +112,7 @@ def _attention_fwd_kernel(
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
-    H, GROUP, M, N, T, section, scale_log2,
+    H, GROUP, M, N, T, section, scale,
     mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
     stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
@@ -130,8 +135,8 @@ def _attention_fwd_kernel(
     first_q, first_k, n_q, n_k, diagonal = sequence(
         batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
     )
-    head_options = of_head(
-        batch, head, mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    options = (
+        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
         bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
         values_ptr, extent, slopes_ptr, stride_sb, softcap,
     )  # fmt: skip
@@ -154,30 +159,32 @@ def _attention_fwd_kernel(
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
-            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale_log2,
-            head_options, seed_ptr, threshold, batch, head, D, DV, True, True, HAS_OPTIONS,
+            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
+            options, seed_ptr, threshold, batch, head, D, DV, True, True, HAS_OPTIONS,
             FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
-        first_key, last_key, rows, n_q, n_k, diagonal, scale_log2, head_options, seed_ptr,
+        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end, low,
-        first_key, last_key, rows, n_q, n_k, diagonal, scale_log2, head_options, seed_ptr,
+        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dead = m_i == float("-inf")
+    if not HAS_OPTIONS:
+        m_i *= LN_2
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
         m_new = tl.maximum(m_i, sink)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.exp2(sink - shift)
+        alpha = tl.exp2((m_i - shift) * LOG2_E)
+        l_i = l_i * alpha + tl.exp2((sink - shift) * LOG2_E)
         acc *= alpha[:, None]
         m_i = m_new
     l_i = tl.where(dead, 1.0, l_i)
@@ -191,7 +198,7 @@ def _attention_fwd_kernel(
         lse_ptr += first_q - batch * H * T
     stride_om = H.to(tl.int64) * DV
     store_rows(out_ptr, first_row, stride_om, n_q, acc * inverse[:, None], BLOCK_M, DV, BLOCK_DV)
-    lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
+    lse = tl.where(dead, float("-inf"), m_i + tl.log2(l_i) * LN_2)
     tl.store(lse_ptr + rows, lse, mask=rows < n_q)
 
 
@@ -266,7 +273,7 @@ def attention_fwd(
         N=seqlen_k,
         T=lse.shape[-1],
         section=attention_section(q.device, causal, head_bytes, batch * nheads),
-        scale_log2=softmax_scale * math.log2(math.e),
+        scale=softmax_scale,
         **options,
         D=headdim,
         DV=headdim_v,

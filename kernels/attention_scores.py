@@ -2,10 +2,11 @@
 
     s = softmax_scale * q·k, then softcap * tanh(s / softcap), + bias, - slope * |distance|
 
-in base 2, and -inf where a mask or a bias of -inf forbids the pair. What a row may see by its place
-(causal, window, lengths) is an interval of keys, which kernels apply themselves, to the few blocks
-that it cuts. Everything takes tiles of either orientation: `rows` and `cols` are [BLOCK_M, 1] and
-[1, BLOCK_N], or [1, BLOCK_M] and [BLOCK_N, 1].
+and -inf where a mask or a bias of -inf forbids the pair. Not in base 2: a score of 100 would lose
+more to one more rounding than its probability may. What a row may see by its place (causal, window,
+lengths) is an interval of keys, which kernels apply themselves, to the few blocks that it cuts.
+Tiles have either orientation: `rows` and `cols` are [BLOCK_M, 1] and [1, BLOCK_N], or [1, BLOCK_M]
+and [BLOCK_N, 1].
 
 `options` is what the launcher's `option_arguments` gives to every kernel, under the same names:
 None where a call does not use an option, which is then compiled away.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args
-from fastlm.kernels.primitives import LOG2_E, relative_bucket, tanh
+from fastlm.kernels.primitives import relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
 OPTIONS_RUNTIME = ["extent", "left", "right", "bottom_right", "seed_ptr", "threshold"]
@@ -44,64 +45,47 @@ def sequence(batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right):
 
 
 @triton.jit
-def of_head(
-    batch, head, mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    values_ptr, extent, slopes_ptr, stride_sb, softcap,
-):  # fmt: skip
-    """The options of one (batch, head), both int64, as a tuple for the functions below."""
-    slope = None
-    if mask_ptr is not None:
-        mask_ptr += batch * stride_mask_b + head * stride_mask_h
-    if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
-    if values_ptr is not None:
-        values_ptr += head * (2 * extent + 1) + extent
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * stride_sb + head).to(tl.float32) * LOG2_E
-    return (
-        mask_ptr, stride_mask_m, stride_mask_n, bias_ptr, stride_bias_m, stride_bias_n,
-        values_ptr, extent, slope, softcap,
-    )  # fmt: skip
-
-
-@triton.jit
-def logits_log2(s, rows, cols, M, N, diagonal, scale_log2, head_options):
-    """(logits, slope): what `q·k` becomes, in base 2, and its derivative over `scale_log2`.
+def logits(s, rows, cols, M, N, diagonal, scale, batch, head, options):
+    """(logits, slope): what `q·k` becomes, and its derivative over `scale`.
 
     Args:
         s: q·k of the tile, fp32. May be NaN where a mask or a bias forbids the pair.
         rows, cols: indices of the tile's queries and keys in their sequence.
         M, N: masks and biases are read for rows below M and columns below N; others get anything.
-        head_options: of `of_head`.
+        batch, head: int64.
+        options: a tuple of the first 15 of `option_arguments`.
 
     Returns:
-        logits: log2(e) times the score, -inf where forbidden by mask, bias or table.
+        logits: the score, -inf where forbidden by mask, bias or table.
         slope: 1, or with a softcap the derivative of the cap.
     """
-    (mask_ptr, stride_mask_m, stride_mask_n, bias_ptr, stride_bias_m, stride_bias_n,
-     values_ptr, extent, alibi, softcap) = head_options  # fmt: skip
+    (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+     values_ptr, extent, slopes_ptr, stride_sb, softcap) = options  # fmt: skip
     slope = 1.0
     if softcap is not None:
-        cap = softcap * LOG2_E
-        t = tanh(s * (scale_log2 / cap))
-        s = t * cap
+        t = tanh(s * (scale / softcap))
+        s = t * softcap
         slope = 1.0 - t * t
     else:
-        s = s * scale_log2
-    if values_ptr is not None or alibi is not None:
+        s = s * scale
+    if values_ptr is not None or slopes_ptr is not None:
         distance = cols - rows - diagonal
-        if alibi is not None:
+        if slopes_ptr is not None:
+            alibi = tl.load(slopes_ptr + batch * stride_sb + head).to(tl.float32)
             s -= alibi * tl.abs(distance).to(tl.float32)
         if values_ptr is not None:
+            values_ptr += head * (2 * extent + 1) + extent
             bias = tl.load(values_ptr + tl.minimum(tl.maximum(distance, -extent), extent))
             s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
         offsets = rows.to(tl.int64) * stride_bias_m + cols.to(tl.int64) * stride_bias_n
         bias = tl.load(bias_ptr + offsets, mask=(rows < M) & (cols < N), other=0.0)
-        bias = bias.to(tl.float32) * LOG2_E
+        bias = bias.to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if mask_ptr is not None:
+        mask_ptr += batch * stride_mask_b + head * stride_mask_h
         offsets = rows.to(tl.int64) * stride_mask_m + cols.to(tl.int64) * stride_mask_n
         keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N), other=0)
         s = tl.where(keep != 0, s, float("-inf"))
@@ -153,20 +137,20 @@ def _relative_values_kernel(
     table_ptr, values_ptr, stride_bucket: tl.int64, stride_h: tl.int64, extent,
     STARTS: tl.constexpr, BIDIRECTIONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The bias of every distance from -extent to extent, of one head, in base 2."""
+    """The bias of every distance from -extent to extent, of one head."""
     blocks = tl.cdiv(2 * extent + 1, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     bucket = relative_bucket(index - extent, STARTS, BIDIRECTIONAL)
     mask = index <= 2 * extent
     x = tl.load(table_ptr + bucket * stride_bucket + head * stride_h, mask=mask, other=0.0)
-    tl.store(values_ptr + head * (2 * extent + 1) + index, x.to(tl.float32) * LOG2_E, mask=mask)
+    tl.store(values_ptr + head * (2 * extent + 1) + index, x.to(tl.float32), mask=mask)
 
 
 def relative_values(
     table: torch.Tensor, bidirectional: bool, max_distance: int, extent: int
 ) -> torch.Tensor:
-    """log2(e) times the bias of each distance from -extent to extent, fp32 (nheads, 2 extent + 1).
+    """The bias of each distance from -extent to extent, fp32 (nheads, 2 extent + 1).
 
     Args:
         table: (num_buckets, nheads).
