@@ -16,27 +16,33 @@ import importlib
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
 from fastlm import shapes
 from fastlm.bench.cases import CASES, Case, attention_case
 from fastlm.bench.run import run_case
-from fastlm.kernels.configs import AttentionConfig, RowConfig, next_power_of_2, target
+from fastlm.kernels.configs import (
+    AttentionConfig,
+    RowConfig,
+    dot_precision,
+    next_power_of_2,
+    target,
+)
 
 PROVIDER = "fastlm-triton"
 # Which launchers read which part of the attention table, and the pass that shows its effect.
 PARTS = {
     "fwd": ("attention_fwd", "forward"),
-    "delta": ("attention_bwd", "backward"),
     "dq": ("attention_bwd", "backward"),
     "dkv": ("attention_bwd", "backward"),
 }
+# The family whose launchers read the row table, and the function that they read it by.
 ROW_OPS = {
-    "layer_norm": ("norm", "norm"),
-    "rms_norm": ("norm", "norm"),
-    "cross_entropy": ("loss", "loss"),
+    "layer_norm": ("norm", "row_config"),
+    "rms_norm": ("norm", "row_config"),
+    "cross_entropy": ("loss", "loss_config"),
 }
 
 
@@ -50,9 +56,9 @@ class Result:
 
 def attention_candidates() -> Iterator[AttentionConfig]:
     for m, n, warps, stages in itertools.product(
-        (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
+        (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
     ):
-        if m * n >= 32 * 32 * warps // 4:  # smaller tiles leave warps without work
+        if m * n >= 128 * warps:  # smaller tiles leave warps without work
             yield AttentionConfig(m, n, warps, stages)
 
 
@@ -112,25 +118,22 @@ def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
         return lambda which, *rest: config if which == args.part else original(which, *rest)
 
     best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
-    block_d = max(next_power_of_2(args.headdim), 16)
-    key = (target(device), args.part, dtype.itemsize, block_d)
-    return [
-        f"{key}: _T({c.block_m}, {c.block_n}, {c.num_warps}, {c.num_stages}),  {_source(r, device)}"
-        for r in best[:3]
-        for c in (r.config,)
-    ]
+    arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
+    width = max(next_power_of_2(args.headdim), 32)
+    place = f'{target(device)} ("{arithmetic}", "{args.part}") head dims up to {width}'
+    return [f"{place}: {astuple(r.config)}  {_source(r, device)}" for r in best[:3]]
 
 
 def tune_rows(args, device: torch.device, dtype: torch.dtype) -> list[str]:
-    module, family = ROW_OPS[args.op]
+    family, name = ROW_OPS[args.op]
     cases = CASES[family](device, dtype, False)
     case = next((c for c in cases if c.function == args.op and _cols(c) == args.cols), None)
     if case is None:
         raise SystemExit(f"tune: no case of {args.op} with {args.cols} columns in fastlm.shapes")
     direction = "forward" if args.part == "fwd" else "backward"
     choose = lambda original, config: lambda cols: config
-    best = sweep(case, direction, module, "row_config", choose, row_candidates(args.cols))
-    return [f"{args.cols}: {r.config},  {_source(r, device)}" for r in best[:3]]
+    best = sweep(case, direction, family, name, choose, row_candidates(args.cols))
+    return [f"{name}({args.cols}): {r.config}  {_source(r, device)}" for r in best[:3]]
 
 
 def _cols(case: Case) -> int:

@@ -262,7 +262,8 @@ def attention_fwd(
         alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p, bidirectional,
         max_distance,
     )  # fmt: skip
-    config = attention_config("fwd", q.device, max(headdim, headdim_v), q.dtype)
+    read = mask is not None or bias is not None
+    config = attention_config("fwd", q.device, max(headdim, headdim_v), q.dtype, unit, read)
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()
     _attention_fwd_kernel[(tiles * batch * nheads,)](

@@ -122,19 +122,41 @@ class AttentionConfig:
 
 
 # target -> (arithmetic, pass) -> (block_m, block_n, num_warps, num_stages) of head dims up to 32,
-# 64, 128, 256 and 512. Arithmetic is "half", or for fp32 the precision of its products. Chosen by
-# compiling: no spills on NVIDIA up to head dim 128, and on sm_80 at most 99 KB of shared memory,
-# which is what sm_86, sm_89 and sm_120 have. Not timed yet.
+# 64, 128, 256 and 512. Arithmetic is "half", "narrow" where halves cannot be loaded two at a time,
+# or for fp32 the precision of its products. Chosen by compiling: no spills on NVIDIA up to head
+# dim 128, and on sm_80 at most 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
+# Not timed yet.
+_NVIDIA = {
+    ("narrow", "fwd"): (
+        (128, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1),
+    ),
+    ("narrow", "dq"): (
+        (64, 64, 4, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("narrow", "dkv"): (
+        (32, 64, 4, 1), (32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "fwd"): (
+        (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "dq"): (
+        (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "dkv"): (
+        (32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
+    ),
+}  # fmt: skip
 _ATTENTION = {
     "sm_80": {
+        **_NVIDIA,
         ("half", "fwd"): (
-            (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1),
+            (128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1),
         ),
         ("half", "dq"): (
-            (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
+            (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
         ),
         ("half", "dkv"): (
-            (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
+            (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
         ),
         ("tf32", "fwd"): (
             (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
@@ -145,17 +167,9 @@ _ATTENTION = {
         ("tf32", "dkv"): (
             (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
         ),
-        ("ieee", "fwd"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("ieee", "dq"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("ieee", "dkv"): (
-            (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-        ),
     },
     "sm_90": {
+        **_NVIDIA,
         ("half", "fwd"): (
             (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2),
         ),
@@ -174,17 +188,9 @@ _ATTENTION = {
         ("tf32", "dkv"): (
             (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
         ),
-        ("ieee", "fwd"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1),
-        ),
-        ("ieee", "dq"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("ieee", "dkv"): (
-            (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-        ),
     },
     "sm_100": {
+        **_NVIDIA,
         ("half", "fwd"): (
             (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2),
         ),
@@ -202,15 +208,6 @@ _ATTENTION = {
         ),
         ("tf32", "dkv"): (
             (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
-        ),
-        ("ieee", "fwd"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1),
-        ),
-        ("ieee", "dq"): (
-            (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("ieee", "dkv"): (
-            (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
         ),
     },
     "gfx942": {
@@ -243,17 +240,30 @@ _ATTENTION_CPU = {
 
 
 def attention_config(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, read: bool
 ) -> AttentionConfig:
-    """The configuration of a pass: "fwd", "dq" or "dkv"."""
+    """The configuration of a pass, "fwd", "dq" or "dkv".
+
+    Args:
+        headdim: the wider of both.
+        unit: from `aligned_strides`.
+        read: a mask or a bias is read; its tiles take room beside the scores'.
+    """
     name = target(device)
     if name == "cpu":
         return _ATTENTION_CPU[which]
     arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
     if name == "gfx942" and arithmetic == "tf32":
         arithmetic = "ieee"  # the same matrix cores
+    if name != "gfx942" and arithmetic == "half" and unit == 1:
+        arithmetic = "narrow"
     by_headdim = _ATTENTION[name][arithmetic, which]
-    return AttentionConfig(*by_headdim[max((headdim - 1).bit_length() - 5, 0)])
+    m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
+    if read and which == "dkv":
+        m, stages = max(m // 2, 16), min(stages, 2)
+    elif read:
+        n, stages = max(n // 2, 16), min(stages, 2)
+    return AttentionConfig(m, n, warps, stages)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.
