@@ -85,7 +85,7 @@ def _attention_dbias_kernel(
         first_q, first_k, n_q, n_k, diagonal = sequence(
             batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
         )
-        _, _, _, low, end = key_ranges(
+        _begin, _full, _full_end, low, end = key_ranges(
             first_row, BLOCK_M, n_q, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
         )
         if (start < end) & (start + BLOCK_N > low):
@@ -107,7 +107,7 @@ def _attention_dbias_kernel(
                 bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
                 values_ptr, extent, slopes_ptr, stride_sb, softcap,
             )  # fmt: skip
-            s, _ = logits(
+            s, _slope = logits(
                 s, rows[:, None], cols[None, :], n_q, n_k, diagonal, scale, batch, head, options
             )
             lse = tl.load(lse_ptr + stats, mask=rows < n_q, other=float("inf"))
