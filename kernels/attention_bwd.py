@@ -100,14 +100,15 @@ def _add_dq(
     MASKED: no row sees keys below `low` and from `end` on; they may hold NaN.
     """
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED)
+        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT)
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        cols = start + tl.arange(0, BLOCK_N)
+        local = tl.arange(0, BLOCK_N)
+        cols = start + local
         slope = 1.0
         if HAS_OPTIONS:
             s, slope = logits(
-                s, rows[:, None], cols[None, :], M, N, diagonal, scale, batch, head, options
+                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
             )
             p = tl.exp2((s - lse[:, None]) * LOG2_E)
         else:
@@ -116,8 +117,6 @@ def _add_dq(
             seen = cols[None, :] <= last_key[:, None]
             if HAS_LEFT:
                 seen = seen & (cols[None, :] >= first_key[:, None])
-                k = tl.where(cols[:, None] >= low, k, 0.0)
-                v = tl.where(cols[:, None] >= low, v, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
@@ -218,7 +217,7 @@ def _attention_bwd_dq_kernel(
 @triton.jit
 def _add_dk_dv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
-    GROUP, M, N, T, row_0, begin, count, full, jump, first_row, last_row, cols, first_col, diagonal,
+    GROUP, M, N, T, row_0, begin, count, full, jump, first_row, last_row, first_col, diagonal,
     scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr,
@@ -258,8 +257,8 @@ def _add_dk_dv(
         slope = 1.0
         if HAS_OPTIONS:
             s, slope = logits(
-                s, row_0 + start + rows[None, :], cols[:, None], row_0 + M, N, diagonal, scale,
-                batch, head_0 + head, options,
+                s, row_0 + start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
+                row_0 + M, N, diagonal, scale, batch, head_0 + head, options,
             )  # fmt: skip
             p = tl.exp2((s - lse[None, :]) * LOG2_E)
         else:
@@ -348,8 +347,9 @@ def _attention_bwd_dk_dv_kernel(
     if HAS_RIGHT:
         seen = tl.minimum(n_k, n_q + diagonal + right)
         row_0 = tl.maximum(-diagonal - right, 0)
-    low = diagonal - left
+    low = 0
     if HAS_LEFT:
+        low = diagonal - left
         n_q = tl.minimum(n_q, n_k - low)
     n_q = tl.maximum(n_q - row_0, 0)
     offset = tl.to_tensor(row_0).to(tl.int64)
@@ -358,11 +358,12 @@ def _attention_bwd_dk_dv_kernel(
     lse_ptr += offset
     delta_ptr += offset
     to_row = diagonal + row_0  # what a key has more than the row at distance 0
-    k = load_rows(k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
-    v = load_rows(v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, DV, BLOCK_DV, True)
-    if HAS_LEFT:
-        k = tl.where(cols[:, None] >= low, k, 0.0)
-        v = tl.where(cols[:, None] >= low, v, 0.0)
+    k = load_rows(
+        k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT
+    )
+    v = load_rows(
+        v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, DV, BLOCK_DV, True, low, HAS_LEFT
+    )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -386,14 +387,14 @@ def _attention_bwd_dk_dv_kernel(
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
         stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, row_0, begin, masked,
-        full, full_end - full, first_row, last_row, cols, first_key, diagonal, scale, batch, head,
+        full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
         options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
         stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, row_0, full,
-        full_end - full, full, 0, first_row, last_row, cols, first_key, diagonal, scale, batch,
+        full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
         head, options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip

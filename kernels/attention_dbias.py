@@ -20,7 +20,6 @@ import triton.language as tl
 
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
-    key_ranges,
     logits,
     seen_keys,
     sequence,
@@ -85,10 +84,15 @@ def _attention_dbias_kernel(
         first_q, first_k, n_q, n_k, diagonal = sequence(
             batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
         )
-        _begin, _full, _full_end, low, end = key_ranges(
-            first_row, BLOCK_M, n_q, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-        )
-        if (start < end) & (start + BLOCK_N > low):
+        end = n_k
+        seen = (first_row < n_q) & (start < n_k)
+        if HAS_RIGHT:
+            last_row = tl.minimum(first_row + BLOCK_M, n_q) - 1
+            end = tl.minimum(last_row + diagonal + right + 1, n_k)
+            seen = seen & (start < end)
+        if HAS_LEFT:
+            seen = seen & (start + BLOCK_N > first_row + diagonal - left)
+        if seen:
             rows = first_row + tl.arange(0, BLOCK_M)
             cols = start + tl.arange(0, BLOCK_N)
             head_k = head // GROUP
@@ -108,7 +112,17 @@ def _attention_dbias_kernel(
                 values_ptr, extent, slopes_ptr, stride_sb, softcap,
             )  # fmt: skip
             s, _slope = logits(
-                s, rows[:, None], cols[None, :], n_q, n_k, diagonal, scale, batch, head, options
+                s,
+                rows[:, None],
+                start,
+                tl.arange(0, BLOCK_N)[None, :],
+                n_q,
+                n_k,
+                diagonal,
+                scale,
+                batch,
+                head,
+                options,
             )
             lse = tl.load(lse_ptr + stats, mask=rows < n_q, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < n_q, other=0.0)
@@ -120,10 +134,10 @@ def _attention_dbias_kernel(
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
             ds = tl.exp2((s - lse[:, None]) * LOG2_E) * (dp - delta[:, None])
             first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
-            seen = (cols[None, :] >= first_key[:, None]) & (cols[None, :] <= last_key[:, None])
+            allowed = (cols[None, :] >= first_key[:, None]) & (cols[None, :] <= last_key[:, None])
             # Pairs that are not allowed, and rows without a key, may hold NaN.
-            seen = seen & (s != float("-inf")) & (lse < float("inf"))[:, None]
-            ds = tl.where(seen, ds, 0.0)
+            allowed = allowed & (s != float("-inf")) & (lse < float("inf"))[:, None]
+            ds = tl.where(allowed, ds, 0.0)
             distance = cols[None, :] - rows[:, None] - diagonal
             if KIND == "bias":
                 acc += ds

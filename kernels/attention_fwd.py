@@ -66,11 +66,12 @@ def _attend(
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED)
-        cols = start + tl.arange(0, BLOCK_N)
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
+        local = tl.arange(0, BLOCK_N)
+        cols = start + local
         if HAS_OPTIONS:
             s, _ = logits(
-                s, rows[:, None], cols[None, :], M, N, diagonal, scale, batch, head, options
+                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
             )
         elif MASKED:
             s *= scale_log2
@@ -81,7 +82,6 @@ def _attend(
             seen = cols[None, :] <= last_key[:, None]
             if HAS_LEFT:
                 seen = seen & (cols[None, :] >= first_key[:, None])
-                v = tl.where(cols[:, None] >= low, v, 0.0)
             s = tl.where(seen, s, float("-inf"))
         if MASKED or HAS_OPTIONS:
             m_new = tl.maximum(m_i, tl.max(s, 1))

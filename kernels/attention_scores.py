@@ -21,9 +21,10 @@ import triton.language as tl
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args
 from fastlm.kernels.primitives import relative_bucket, tanh
 
-# Lengths, head counts and strides vary from call to call: one binary serves them all.
+# Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
+# a mask's and a bias's keys is 1, or 0, mostly; knowing the 1 saves registers.
 OPTIONS_RUNTIME = ["extent", "left", "right", "bottom_right", "seed_ptr", "threshold"]
-OPTIONS_RUNTIME += [f"stride_{x}_{y}" for x in ("mask", "bias") for y in "bhmn"] + ["stride_sb"]
+OPTIONS_RUNTIME += [f"stride_{x}_{y}" for x in ("mask", "bias") for y in "bhm"] + ["stride_sb"]
 
 
 @triton.jit
@@ -45,12 +46,13 @@ def sequence(batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right):
 
 
 @triton.jit
-def logits(s, rows, cols, M, N, diagonal, scale, batch, head, options):
+def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options):
     """(logits, slope): what `q·k` becomes, and its derivative over `scale`.
 
     Args:
         s: q·k of the tile, fp32. May be NaN where a mask or a bias forbids the pair.
-        rows, cols: indices of the tile's queries and keys in their sequence.
+        rows: indices of the tile's queries in their sequence.
+        first_col, cols: an index of a key, and those of the tile's keys from there.
         M, N: masks and biases are read for rows below M and columns below N; others get anything.
         batch, head: int64.
         options: a tuple of the first 15 of `option_arguments`.
@@ -70,7 +72,7 @@ def logits(s, rows, cols, M, N, diagonal, scale, batch, head, options):
     else:
         s = s * scale
     if values_ptr is not None or slopes_ptr is not None:
-        distance = cols - rows - diagonal
+        distance = cols - rows + (first_col - diagonal)
         if slopes_ptr is not None:
             alibi = tl.load(slopes_ptr + batch * stride_sb + head).to(tl.float32)
             s -= alibi * tl.abs(distance).to(tl.float32)
@@ -79,15 +81,15 @@ def logits(s, rows, cols, M, N, diagonal, scale, batch, head, options):
             bias = tl.load(values_ptr + tl.minimum(tl.maximum(distance, -extent), extent))
             s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
-        offsets = rows.to(tl.int64) * stride_bias_m + cols.to(tl.int64) * stride_bias_n
-        bias = tl.load(bias_ptr + offsets, mask=(rows < M) & (cols < N), other=0.0)
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_col * stride_bias_n
+        offsets = rows.to(tl.int64) * stride_bias_m + cols * stride_bias_n
+        bias = tl.load(bias_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0.0)
         bias = bias.to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if mask_ptr is not None:
-        mask_ptr += batch * stride_mask_b + head * stride_mask_h
-        offsets = rows.to(tl.int64) * stride_mask_m + cols.to(tl.int64) * stride_mask_n
-        keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N), other=0)
+        mask_ptr += batch * stride_mask_b + head * stride_mask_h + first_col * stride_mask_n
+        offsets = rows.to(tl.int64) * stride_mask_m + cols * stride_mask_n
+        keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0)
         s = tl.where(keep != 0, s, float("-inf"))
     return s, slope
 

@@ -70,7 +70,7 @@ def tile_and_head(pid, tiles, longest_last, section):
 
 @triton.jit
 def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              MASKED: tl.constexpr):  # fmt: skip
+              MASKED: tl.constexpr, low=0, HAS_LOW: tl.constexpr = False):  # fmt: skip
     """Rows [first, first + BLOCK_M) of an M x D matrix, with 0 outside it.
 
     The offsets within a tile do not depend on `first`, so a loop computes them once and keeps them
@@ -79,6 +79,7 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
     Args:
         stride: elements between rows, int64.
         MASKED: False promises that all rows are below M.
+        low: with MASKED and HAS_LOW, rows below it are 0 too.
 
     Returns:
         [BLOCK_M, BLOCK_D] in the dtype of `ptr`.
@@ -87,10 +88,13 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
     cols = tl.arange(0, BLOCK_D)
     offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
     ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
-    if MASKED and D != BLOCK_D:
-        return tl.load(ptrs, mask=(rows < M - first)[:, None] & (cols < D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=(rows < M - first)[:, None], other=0.0)
+    if MASKED:
+        mask = (rows < M - first)[:, None]
+        if HAS_LOW:
+            mask = mask & (rows >= low - first)[:, None]
+        if D != BLOCK_D:
+            mask = mask & (cols < D)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0)
     elif D != BLOCK_D:
         return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
     else:
