@@ -217,7 +217,7 @@ def _attention_bwd_dq_kernel(
 @triton.jit
 def _add_dk_dv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
-    GROUP, M, N, T, row_0, begin, count, full, jump, first_row, last_row, first_col, diagonal,
+    GROUP, M, N, T, begin, count, full, jump, first_row, last_row, first_col, diagonal,
     scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr,
@@ -226,7 +226,6 @@ def _add_dk_dv(
 ):  # fmt: skip
     """Adds to dk / scale and dv of a block of keys what `count` tiles of queries, from tile `begin`
     on, of each of GROUP heads contribute. From tile `full` on, `jump` tiles are left out.
-    Rows count from row_0 of the sequence.
 
     MASKED: rows from first_row to last_row see a key. Heads and tiles are one loop: in two, every
     pointer would live twice, and registers spill.
@@ -250,15 +249,16 @@ def _add_dk_dv(
         else:
             lse = tl.load(lse_ptr + stats)
             delta = tl.load(delta_ptr + stats)
-        if FORBIDS:  # rows that see no key may hold NaN, and 0 * NaN is NaN
+        if FORBIDS or (MASKED and HAS_RIGHT):
+            # Rows that see no key may hold NaN, and 0 * NaN is NaN.
             q = tl.where(lse[:, None] < float("inf"), q, 0.0)
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 1.0
         if HAS_OPTIONS:
             s, slope = logits(
-                s, row_0 + start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
-                row_0 + M, N, diagonal, scale, batch, head_0 + head, options,
+                s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
+                M, N, diagonal, scale, batch, head_0 + head, options,
             )  # fmt: skip
             p = tl.exp2((s - lse[None, :]) * LOG2_E)
         else:
@@ -270,7 +270,7 @@ def _add_dk_dv(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if seed_ptr is not None:
             keep = dropout_keep(
-                tl.load(seed_ptr), threshold, batch, head_0 + head, row_0 + start + rows, first_col,
+                tl.load(seed_ptr), threshold, batch, head_0 + head, start + rows, first_col,
                 BLOCK_N,
             )  # fmt: skip
             keep = tl.trans(keep)
@@ -340,24 +340,14 @@ def _attention_bwd_dk_dv_kernel(
         FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
     )
 
-    # Keys that no row sees, and rows that see no key, are not read; they may hold NaN. Rows count
-    # from the first that sees a key.
+    # Keys that no row sees are not read, nor the last rows if they see no key; they may hold NaN.
     seen = n_k
-    row_0 = 0
     if HAS_RIGHT:
         seen = tl.minimum(n_k, n_q + diagonal + right)
-        row_0 = tl.maximum(-diagonal - right, 0)
     low = 0
     if HAS_LEFT:
         low = diagonal - left
-        n_q = tl.minimum(n_q, n_k - low)
-    n_q = tl.maximum(n_q - row_0, 0)
-    offset = tl.to_tensor(row_0).to(tl.int64)
-    q_ptr += offset * stride_qm * UNIT
-    do_ptr += offset * stride_dom * UNIT
-    lse_ptr += offset
-    delta_ptr += offset
-    to_row = diagonal + row_0  # what a key has more than the row at distance 0
+        n_q = tl.maximum(tl.minimum(n_q, n_k - low), 0)
     k = load_rows(
         k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT
     )
@@ -368,32 +358,32 @@ def _attention_bwd_dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     # Tiles [begin, full) and [full_end, end) of rows see some of the keys, those between all.
-    first_row = cols - to_row - right  # the first and the last that see the key
-    last_row = cols - to_row + left
+    first_row = cols - diagonal - right  # the first and the last that see the key
+    last_row = cols - diagonal + left
     last_key = tl.minimum(first_key + BLOCK_N, n_k) - 1
     begin = 0
     full = 0
     full_end = n_q // BLOCK_M
     end = tl.cdiv(n_q, BLOCK_M)
     if HAS_RIGHT:
-        begin = tl.maximum(first_key - to_row - right, 0) // BLOCK_M
-        full = tl.cdiv(tl.maximum(last_key - to_row - right, 0), BLOCK_M)
+        begin = tl.maximum(first_key - diagonal - right, 0) // BLOCK_M
+        full = tl.cdiv(tl.maximum(last_key - diagonal - right, 0), BLOCK_M)
     if HAS_LEFT:
-        end = tl.cdiv(tl.minimum(n_q, tl.maximum(last_key - to_row + left + 1, 0)), BLOCK_M)
-        full_end = tl.minimum(n_q, tl.maximum(first_key - to_row + left + 1, 0)) // BLOCK_M
+        end = tl.cdiv(tl.minimum(n_q, tl.maximum(last_key - diagonal + left + 1, 0)), BLOCK_M)
+        full_end = tl.minimum(n_q, tl.maximum(first_key - diagonal + left + 1, 0)) // BLOCK_M
     end = tl.where(first_key < seen, end, 0)
     full_end = tl.maximum(tl.minimum(full_end, end), full)
     masked = tl.maximum(tl.minimum(full, end) - begin, 0) + tl.maximum(end - full_end, 0)
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, row_0, begin, masked,
+        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
         full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
         options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, row_0, full,
+        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
         full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
         head, options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
         HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
