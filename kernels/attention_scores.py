@@ -83,7 +83,9 @@ def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_col * stride_bias_n
         offsets = rows.to(tl.int64) * stride_bias_m + cols * stride_bias_n
-        bias = tl.load(bias_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0.0)
+        bias = tl.load(
+            bias_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=float("-inf")
+        )
         bias = bias.to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if mask_ptr is not None:

@@ -60,8 +60,6 @@ def attention_fwd(
     """(out, lse), both contiguous, lse in fp32."""
     from fastlm.kernels import attention_fwd as kernels
 
-    if "mask" not in kernels.attention_fwd.__code__.co_varnames:
-        return kernels.attention_fwd(q, k, v, causal, softmax_scale)
     return kernels.attention_fwd(
         q, k, v, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
         seed, causal, softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional,
@@ -139,11 +137,6 @@ def attention_bwd(
     """
     from fastlm.kernels import attention_bwd as kernels
 
-    if "mask" not in kernels.attention_bwd.__code__.co_varnames:
-        old = kernels.attention_bwd(
-            do, q, k, v, out, lse, dlse, causal, softmax_scale, need_dq, need_dkv
-        )
-        return *old, *(q.new_empty((0,), dtype=torch.float32) for _ in range(4))
     return kernels.attention_bwd(
         do, q, k, v, out, lse, dlse, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
         alibi_slopes, sinks, seed, causal, softmax_scale, window_left, window_right, softcap,

@@ -6,33 +6,22 @@ First derivatives are fused. Second and higher ones recompute the call in the re
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
+from fastlm.ops._attention_check import in_transform
 from fastlm.ops._attention_contract import attention_bwd, attention_fwd
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What the kernels do not take yet.
-_MISSING = (
-    "window", "mask", "bias", "RelativeBias", "seqlens_k", "alibi_slopes", "softcap", "sinks",
-    "dropout_p", "headdim_v", "headdim", "cu_seqlens",
-)  # fmt: skip
-_TENSORS = (
-    "mask", "bias", "table", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks",
-    "seed",
-)  # fmt: skip
-_SCALARS = (
-    "causal", "softmax_scale", "window_left", "window_right", "softcap", "dropout_p",
-    "bidirectional", "max_distance", "max_seqlen_q", "max_seqlen_k",
-)  # fmt: skip
+_MISSING: tuple[str, ...] = ()
 
 
 def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
     """Why the kernels cannot take a call, or None."""
     if q.dtype not in _DTYPES:
         return f"computes in fp32 and does not take {q.dtype}"
-    if _in_transform():
+    if in_transform():
         return "does not run under torch.func.vmap and forward-mode differentiation"
     headdim, headdim_v = q.shape[-1], v.shape[-1]
     widest = 256 if "headdim" in _MISSING else 512
@@ -52,16 +41,6 @@ def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
         elif value is not None:
             return f"does not take {name} yet"
     return None
-
-
-def _in_transform() -> bool:
-    """Within torch.func.vmap or jvp, for which the function below has no rule."""
-    if torch.compiler.is_compiling():
-        return False  # there the compiler refuses what it cannot trace
-    if forward_ad._current_level >= 0:
-        return True
-    vmap = torch._C._functorch.TransformType.Vmap
-    return any(i.key() == vmap for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def attention(q, k, v, options: dict, packing: tuple | None = None):
