@@ -46,6 +46,7 @@ from fastlm.kernels.primitives import (
     load_rows,
     store_rows,
     tile_and_head,
+    zero_rows,
 )
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
@@ -128,7 +129,7 @@ def _add_dq(
             allowed = s != float("-inf")
             ds = tl.where(allowed, ds, 0.0)
             visible = tl.max(allowed.to(tl.int32), 0)
-            k = tl.where(visible[:, None] > 0, k, 0.0)
+            k = zero_rows(k, visible)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 

@@ -42,6 +42,7 @@ from fastlm.kernels.primitives import (
     load_rows,
     store_rows,
     tile_and_head,
+    zero_rows,
 )
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
@@ -77,7 +78,7 @@ def _attend(
             s *= scale_log2
         if FORBIDS:  # keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN
             visible = tl.max((s != float("-inf")).to(tl.int32), 0)
-            v = tl.where(visible[:, None] > 0, v, 0.0)
+            v = zero_rows(v, visible)
         if MASKED:
             seen = cols[None, :] <= last_key[:, None]
             if HAS_LEFT:
