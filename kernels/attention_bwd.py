@@ -31,6 +31,7 @@ from fastlm.kernels.attention_scores import (
     option_arguments,
     seen_keys,
     sequence,
+    zero_rows,
 )
 from fastlm.kernels.configs import (
     aligned_strides,
@@ -46,7 +47,6 @@ from fastlm.kernels.primitives import (
     load_rows,
     store_rows,
     tile_and_head,
-    zero_rows,
 )
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
@@ -252,7 +252,7 @@ def _add_dk_dv(
             delta = tl.load(delta_ptr + stats)
         if FORBIDS or (MASKED and HAS_RIGHT):
             # Rows that see no key may hold NaN, and 0 * NaN is NaN.
-            q = tl.where(lse[:, None] < float("inf"), q, 0.0)
+            q = zero_rows(q, tl.where(lse < float("inf"), 1, 0))
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 1.0

@@ -26,6 +26,7 @@ from fastlm.kernels.attention_scores import (
     option_arguments,
     seen_keys,
     sequence,
+    zero_rows,
 )
 from fastlm.kernels.configs import (
     aligned_strides,
@@ -42,7 +43,6 @@ from fastlm.kernels.primitives import (
     load_rows,
     store_rows,
     tile_and_head,
-    zero_rows,
 )
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.

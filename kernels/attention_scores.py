@@ -97,6 +97,19 @@ def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options
 
 
 @triton.jit
+def zero_rows(x, keep):
+    """x [ROWS, D], and 0, were it NaN, in the rows where int32 keep [ROWS] is 0 rather than 1.
+
+    By bits: Triton's AMD backend cannot move a condition between the layouts of two tiles.
+    """
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) & (0 - keep)[:, None]
+    else:
+        bits = x.to(tl.int16, bitcast=True) & (0 - keep).to(tl.int16)[:, None]
+    return bits.to(x.dtype, bitcast=True)
+
+
+@triton.jit
 def seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """(first, last) key that each row may see by its place; nothing where first > last."""
     last = tl.zeros_like(rows) + (n_k - 1)

@@ -259,9 +259,9 @@ def attention_config(
         arithmetic = "narrow"
     by_headdim = _ATTENTION[name][arithmetic, which]
     m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
-    if read and which == "dkv":
+    if read and (which == "dkv" or (which == "fwd" and headdim > 64)):
         m, stages = max(m // 2, 16), min(stages, 2)
-    elif read:
+    if read and which != "dkv":
         n, stages = max(n // 2, 16), min(stages, 2)
     return AttentionConfig(m, n, warps, stages)
 

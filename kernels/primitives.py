@@ -133,20 +133,6 @@ def key_range(first_row, BLOCK_M: tl.constexpr, M, N, diagonal,
 
 
 @triton.jit
-def zero_rows(x, keep):
-    """x [rows, columns], with 0, even for NaN, in rows whose int32 `keep` is 0; elsewhere it is 1.
-
-    Not by `tl.where`: the compiler may move the condition to another layout through shared memory,
-    and fails on sm_80, where it cannot store booleans.
-    """
-    if x.dtype.primitive_bitwidth == 32:
-        bits = x.to(tl.int32, bitcast=True) & (0 - keep)[:, None]
-    else:
-        bits = x.to(tl.int16, bitcast=True) & (0 - keep).to(tl.int16)[:, None]
-    return bits.to(x.dtype, bitcast=True)
-
-
-@triton.jit
 def tanh(z):
     """tanh in fp32, to a few units in the last place for small z too."""
     e = tl.exp(-2.0 * tl.abs(z))
