@@ -41,6 +41,7 @@ def forward_backward(fn: Callable, *tensors: torch.Tensor, **options) -> None:
 def cases() -> Iterator[Case]:
     yield from norm()
     yield from attention()
+    yield from attention_options()
     yield from attention_decode()
     yield from ffn()
     yield from loss()
@@ -93,12 +94,24 @@ def attention() -> Iterator[Case]:
     yield case("causal-gqa-lengths", "bf16", 40, nheads_k=4, seqlen_q=333, causal="top_left")
     yield case("causal", "fp32", 64, causal=True)
     yield case("full", "fp32", 128)
-    relative = lambda: fastlm.RelativeBias(tensor(32, 16), bidirectional=True, max_distance=128)
-    # Each with its gradient; "options" may spill, see `broken_rules`.
-    yield case("options-bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
-    yield case("options-columns", "bf16", 128, bias=tensor(2, 1, 1, 1024))
-    yield case("options-table", "bf16", 64, bias=relative())
-    yield case("options-alibi", "fp32", 64, causal=True, alibi_slopes=tensor(16))
+
+
+def attention_options() -> Iterator[Case]:
+    """Each with its gradient. "options" may spill, see `broken_rules`."""
+
+    def case(label, dtype, headdim, **options):
+        def run():
+            q, k, v = (tensor(2, 1024, 16, headdim, dtype=DTYPES[dtype]) for _ in range(3))
+            forward_backward(fastlm.attention, q, k, v, **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-options-{label}", run)
+
+    table = tensor(32, 16)
+    relative = fastlm.RelativeBias(table, bidirectional=True, max_distance=128)
+    yield case("bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
+    yield case("columns", "bf16", 128, bias=tensor(2, 1, 1, 1024))
+    yield case("table", "bf16", 64, bias=relative)
+    yield case("alibi", "fp32", 64, causal=True, alibi_slopes=tensor(16))
 
 
 def attention_decode() -> Iterator[Case]:
