@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from attention_options import VALUES, build, consistent, enabled, fused, specified
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm.ops import _attention_triton
@@ -277,3 +279,56 @@ def test_a_constant_bias_shifts_lse(device):
     assert_close("out", shifted, out, out)
     alive = lse.isfinite()
     assert_close("lse", lse_shifted[alive], lse[alive] + 2.0, lse[alive] + 2.0)
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the elements of every tensor that an operation creates."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fastlm.attention_bwd.default:
+            from fastlm.kernels.attention_bwd import attention_bwd
+
+            with self:  # what happens within an operator is hidden from it otherwise
+                return attention_bwd(*args)
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.startswith(("empty", "new_", "zeros", "full", "clone")):
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("bias", ["number", "columns", "rows", "heads", "relative"])
+def test_no_gradient_of_a_broadcast_bias_has_the_size_of_the_scores(bias, device):
+    """What `attention`'s docstring says of memory."""
+    relative = {"relative": "one way", "bias": None} if bias == "relative" else {"bias": bias}
+    case = PLAIN | {"lengths": (40, 44), "headdim": 2, "alibi": "batch", "sinks": True} | relative
+    tensors, options = moved(consistent(case), device)
+    q, k, v = (tensors[n].numel() for n in "qkv")
+    rows = q // 2  # batch * nheads * seqlen_q
+    out, lse, _ = fused()(**tensors, **options)
+    with _Allocations() as allocations:
+        torch.autograd.grad([out, lse], list(tensors.values()), [out.detach(), lse.detach()])
+    small = max(q, k, v, rows)
+    scores = rows * 44
+    assert max(allocations.sizes) < scores / 2, sorted(allocations.sizes)[-5:]
+    assert sum(n for n in allocations.sizes if n > small) < scores
+
+
+def test_one_compilation_serves_all_lengths(device):
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    options = {"causal": True, "window": (3, None), "dropout_p": 0.2, "seed": 1, "softcap": 5.0}
+    fn = lambda q, slopes, bias: fastlm.attention(
+        q, q, q, alibi_slopes=slopes, bias=bias, impl="triton", **options
+    )
+    compiled = torch.compile(fn, fullgraph=True, backend=count)
+    slopes = randn(2, device=device)
+    for seqlen in range(3, 23):
+        q, bias = (randn(1, seqlen, 2, 8, device=device), randn(seqlen, device=device))
+        out = compiled(q, slopes, bias)
+        if seqlen % 6 == 0:
+            assert torch.equal(out, fn(q, slopes, bias))
+    assert count.frame_count <= 2

@@ -71,7 +71,12 @@ def attention(q, k, v, options: dict, packing: tuple | None = None):
         0.0 if softcap is None else float(softcap), float(options["dropout_p"]), bidirectional,
         max_distance, *lengths,
     )  # fmt: skip
-    out, lse = _Attention.apply(q, k, v, *tensors, scalars)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, *tensors)
+    ):
+        out, lse = _Attention.apply(q, k, v, *tensors, scalars)
+    else:
+        out, lse = attention_fwd(q, k, v, *tensors, *scalars)
     return (out, lse) if options["return_lse"] else out
 
 

@@ -63,9 +63,13 @@ def attention(
     Returns:
         out (batch, seqlen_q, nheads, headdim_v), contiguous, in the common dtype; with `return_lse`
         (out, lse), lse (batch, nheads, seqlen_q) in fp32 (fp64 for fp64). Differentiable in q, k,
-        v, bias or its table, alibi_slopes and sinks, through out and lse; twice by the reference,
-        once by fused kernels. A query that sees no key has out 0, lse -inf and gradient 0. Keys
+        v, bias or its table, alibi_slopes and sinks, through out and lse; gradients of gradients
+        are the reference's. A query that sees no key has out 0, lse -inf and gradient 0. Keys
         that no query sees may hold NaN.
+
+    Memory: the Triton kernels hold no (seqlen_q, seqlen_k) matrix. Beside its results the forward
+    keeps lse; the backward needs two numbers per query and head, and partial sums of the gradients
+    of bias, table, slopes and sinks. The reference holds all scores.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
