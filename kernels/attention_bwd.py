@@ -1,23 +1,38 @@
 """Attention backward, deterministic: one kernel for dq, one for dk and dv, no atomics.
 
-    p = exp(scale * q k^T - lse);  delta = rowsum(do * out) - dlse
-    dv = p^T do;  ds = p * (do v^T - delta);  dq = scale * ds k;  dk = scale * ds^T q
+    p = exp(score(q k^T) - lse);  delta = rowsum(do * out) - dlse;  keep: 1 / (1 - dropout_p) or 0
+    dv = (keep * p)^T do;  ds = p * (keep * do v^T - delta) * score'
+    dq = scale * ds k;  dk = scale * ds^T q
 
-Probabilities are recomputed from lse, in base 2 as in the forward. dq goes over blocks of keys; dk
+Probabilities are recomputed from lse, in the forward's base. dq goes over blocks of keys; dk
 and dv over blocks of queries of every head that shares the key head, summed in fp32. That is 7
 matrix products where atomics on dq would need 5, and the price of equal bits from equal inputs.
+Gradients of biases, tables, slopes and sinks: attention_dbias.py.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_dbias import (
+    attention_dalibi,
+    attention_dbias,
+    attention_dsinks,
+    attention_dtable,
+)
+from fastlm.kernels.attention_scores import (
+    OPTIONS_RUNTIME,
+    key_ranges,
+    logits,
+    option_arguments,
+    seen_keys,
+    sequence,
+    zero_rows,
+)
 from fastlm.kernels.configs import (
     aligned_strides,
     attention_config,
@@ -27,27 +42,28 @@ from fastlm.kernels.configs import (
     next_power_of_2,
 )
 from fastlm.kernels.primitives import (
-    LN_2,
     LOG2_E,
-    key_range,
+    dropout_keep,
     load_rows,
     store_rows,
     tile_and_head,
 )
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
-RUNTIME = ["H", "GROUP", "M", "N", "diagonal", "section"]
+RUNTIME = ["H", "GROUP", "M", "N", "T", "section", *OPTIONS_RUNTIME]
 RUNTIME += [f"stride_{x}{y}" for x in ("q", "do") for y in "bmh"]
 RUNTIME += [f"stride_{x}{y}" for x in "kv" for y in "bnh"]
+DELTA_RUNTIME = ["H", "M", *(f"stride_do{y}" for y in "bmh")]
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=DELTA_RUNTIME)
 def _attention_bwd_delta_kernel(
-    do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr,
+    do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, safe_lse_ptr,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64, H, M,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BASE_2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in base 2, +inf for rows without keys: their p = exp2(s - inf) is then 0."""
+    """delta, and lse in its scores' base, +inf for rows without keys: exp2(s - inf) is then 0."""
     tiles = tl.cdiv(M, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     batch = (batch_head // H).to(tl.int64)
@@ -66,88 +82,154 @@ def _attention_bwd_delta_kernel(
     lse = tl.load(lse_ptr + stats, mask=mask, other=0.0)
     dead = lse == float("-inf")
     tl.store(delta_ptr + stats, tl.where(dead, 0.0, delta), mask=mask)
-    tl.store(lse2_ptr + stats, tl.where(dead, float("inf"), lse * LOG2_E), mask=mask)
+    if BASE_2:
+        lse *= LOG2_E
+    tl.store(safe_lse_ptr + stats, tl.where(dead, float("inf"), lse), mask=mask)
 
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, scale_log2,
-    D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key,
+    last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
+    batch, head,
+    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds what keys [begin, end) contribute to dq / scale of a tile of queries."""
+    """Adds what keys [begin, end) contribute to dq / scale of a tile of queries.
+
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN.
+    """
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, D, BLOCK_D, MASKED)
+        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT)
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * scale_log2 - lse2[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
+        local = tl.arange(0, BLOCK_N)
+        cols = start + local
+        slope = 1.0
+        if HAS_OPTIONS:
+            s, slope = logits(
+                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
+            )
+            p = tl.exp2((s - lse[:, None]) * LOG2_E)
+        else:
+            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
         if MASKED:
-            seen = start + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
+            seen = cols[None, :] <= last_key[:, None]
+            if HAS_LEFT:
+                seen = seen & (cols[None, :] >= first_key[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if seed_ptr is not None:
+            keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        ds = p * (dp - delta[:, None]) * slope
+        if MASKED:
             ds = tl.where(seen, ds, 0.0)
+        if FORBIDS:  # keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN
+            allowed = s != float("-inf")
+            ds = tl.where(allowed, ds, 0.0)
+            visible = tl.max(allowed.to(tl.int32), 0)
+            k = zero_rows(k, visible)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
-    H, GROUP, M, N, diagonal, section, scale_log2,
-    D: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, GROUP, M, N, T, section, scale,
+    mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
+    stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
+    stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
+    threshold: tl.uint32, dropout_scale, left, right, bottom_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries of one head. Strides count UNIT elements."""
+    """dq of one tile of queries of one head. Strides count UNIT elements.
+
+    M, N: lengths, of packed sequences the longest's. T: rows of a head in lse and delta.
+    """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
     head = (batch_head % H).to(tl.int64)
     head_k = head // GROUP
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (batch * stride_kb + head_k * stride_kh) * UNIT
-    v_ptr += (batch * stride_vb + head_k * stride_vh) * UNIT
-    do_ptr += (batch * stride_dob + head * stride_doh) * UNIT
+    first_q, first_k, n_q, n_k, diagonal = sequence(
+        batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
+    )
+    options = (
+        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        values_ptr, extent, slopes_ptr, stride_sb, softcap,
+    )  # fmt: skip
+    q_ptr += (batch * stride_qb + first_q * stride_qm + head * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
+    do_ptr += (batch * stride_dob + first_q * stride_dom + head * stride_doh) * UNIT
+    dq_ptr += ((batch * M + first_q) * H + head) * D
+    stats = batch_head.to(tl.int64) * T
+    if cu_q_ptr is not None:
+        dq_ptr -= batch * M * H * D
+        stats += first_q - batch * H * T
+    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    HAS_OPTIONS: tl.constexpr = (
+        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
+    )
 
-    q = load_rows(q_ptr, first_row, stride_qm * UNIT, M, BLOCK_M, D, BLOCK_D, True)
-    do = load_rows(do_ptr, first_row, stride_dom * UNIT, M, BLOCK_M, D, BLOCK_D, True)
-    stats = batch_head.to(tl.int64) * M + rows
-    lse2 = tl.load(lse2_ptr + stats, mask=rows < M, other=float("inf"))
-    delta = tl.load(delta_ptr + stats, mask=rows < M, other=0.0)
+    q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
+    do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
+    lse = tl.load(lse_ptr + stats + rows, mask=rows < n_q, other=float("inf"))
+    delta = tl.load(delta_ptr + stats + rows, mask=rows < n_q, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, end = key_range(first_row, BLOCK_M, M, N, diagonal, IS_CAUSAL, BLOCK_N)
-    last_key = tl.zeros([BLOCK_M], tl.int32) + (N - 1)
-    if IS_CAUSAL:
-        last_key = tl.minimum(rows + diagonal, last_key)
+    begin, full, full_end, low, end = key_ranges(
+        first_row, BLOCK_M, n_q, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
+    if HAS_LEFT:
+        dq = _add_dq(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
+            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
+            options, seed_ptr, threshold, dropout_scale, batch, head, D, DV, True, True,
+            HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, 0, full, last_key,
-        scale_log2, D, False, PRECISION, BLOCK_N, BLOCK_D,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end,
+        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, dropout_scale, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS,
+        PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, end,
-        last_key, scale_log2, D, True, PRECISION, BLOCK_N, BLOCK_D,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end,
+        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, dropout_scale, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS,
+        PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    dq_ptr += (batch * M * H + head) * D
-    dq *= scale_log2 * LN_2
-    store_rows(dq_ptr, first_row, H.to(tl.int64) * D, M, dq, BLOCK_M, D, BLOCK_D)
+    dq *= scale
+    store_rows(dq_ptr, first_row, H.to(tl.int64) * D, n_q, dq, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
 def _add_dk_dv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr,
-    stride_qm, stride_qh, stride_dom, stride_doh,
-    stride_stats, GROUP, M, begin, count, full, first_seeing, scale_log2,
-    D: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
+    GROUP, M, N, T, begin, count, full, jump, first_row, last_row, first_col, diagonal,
+    scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
+    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk / scale and dv of a block of keys what `count` tiles of queries, from tile `begin`
-    on, of each of GROUP heads contribute. MASKED: what would be tile `full` is the incomplete one.
+    on, of each of GROUP heads contribute. From tile `full` on, `jump` tiles are left out.
 
-    Heads and tiles are one loop: in two, every pointer would live twice, and registers spill.
+    MASKED: rows from first_row to last_row see a key. Heads and tiles are one loop: in two, every
+    pointer would live twice, and registers spill.
     """
     rows = tl.arange(0, BLOCK_M)
     tiles = tl.maximum(count, 1)  # the compiler may divide before it looks whether count is 0
@@ -155,45 +237,76 @@ def _add_dk_dv(
         head = (i // tiles).to(tl.int64)
         tile = begin + i % tiles
         if MASKED:
-            tile = tl.where(tile < full, tile, M // BLOCK_M)
+            tile = tl.where(tile < full, tile, tile + jump)
         start = tile * BLOCK_M
         q = load_rows(q_ptr + head * stride_qh, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED)
         do = load_rows(
-            do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, D, BLOCK_D, MASKED
+            do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED
         )
-        stats = head * stride_stats + start + rows
+        stats = head * T + start + rows
         if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
-            lse2 = tl.load(lse2_ptr + stats, mask=rows < M - start, other=float("inf"))
+            lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
         else:
-            lse2 = tl.load(lse2_ptr + stats)
+            lse = tl.load(lse_ptr + stats)
             delta = tl.load(delta_ptr + stats)
+        if FORBIDS or (MASKED and HAS_RIGHT):
+            # Rows that see no key may hold NaN, and 0 * NaN is NaN.
+            q = zero_rows(q, tl.where(lse < float("inf"), 1, 0))
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - lse2[None, :])
-        if MASKED and IS_CAUSAL:
-            p = tl.where(start + rows[None, :] >= first_seeing[:, None], p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        slope = 1.0
+        if HAS_OPTIONS:
+            s, slope = logits(
+                s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
+                M, N, diagonal, scale, batch, head_0 + head, options,
+            )  # fmt: skip
+            p = tl.exp2((s - lse[None, :]) * LOG2_E)
+        else:
+            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        if MASKED and HAS_RIGHT:
+            p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
+        if MASKED and HAS_LEFT:
+            p = tl.where(start + rows[None, :] <= last_row[:, None], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
+        if seed_ptr is not None:
+            keep = dropout_keep(
+                tl.load(seed_ptr), threshold, batch, head_0 + head, start + rows, first_col,
+                BLOCK_N,
+            )  # fmt: skip
+            keep = tl.trans(keep)
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+            kept = tl.where(keep, p * dropout_scale, 0.0)
+            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :]) * slope
+        if FORBIDS:
+            ds = tl.where(s != float("-inf"), ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
-    H, GROUP, M, N, diagonal, section, scale_log2,
-    D: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, GROUP, M, N, T, section, scale,
+    mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
+    stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
+    stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
+    threshold: tl.uint32, dropout_scale, left, right, bottom_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key head, over all query heads of its group.
 
-    Keys from N on get nonsense in rows of their own, which are not stored.
+    Keys from N on get nonsense in rows of their own, which are not stored, or stored as 0.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(N, BLOCK_N), False, section)
     H_K = H // GROUP
@@ -201,76 +314,112 @@ def _attention_bwd_dk_dv_kernel(
     head_k = (batch_head % H_K).to(tl.int64)
     head = head_k * GROUP
     first_key = tile * BLOCK_N
-    stats = (batch * H + head) * M
-    stride_stats = M
-    seen = N  # keys from here on are seen by no row and not read; they may hold NaN
-    if IS_CAUSAL:
-        # Nor are rows that see no key, which come first: the others are counted from 0.
-        seen = tl.minimum(N, M + diagonal)
-        dead = tl.maximum(-diagonal, 0)
-        q_ptr += dead.to(tl.int64) * stride_qm * UNIT
-        do_ptr += dead.to(tl.int64) * stride_dom * UNIT
-        stats += dead
-        M -= dead
-        diagonal += dead
-    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (batch * stride_kb + head_k * stride_kh) * UNIT
-    v_ptr += (batch * stride_vb + head_k * stride_vh) * UNIT
-    do_ptr += (batch * stride_dob + head * stride_doh) * UNIT
-    lse2_ptr += stats
+    cols = first_key + tl.arange(0, BLOCK_N)
+    first_q, first_k, n_q, n_k, diagonal = sequence(
+        batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
+    )
+    options = (
+        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        values_ptr, extent, slopes_ptr, stride_sb, softcap,
+    )  # fmt: skip
+    q_ptr += (batch * stride_qb + first_q * stride_qm + head * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
+    do_ptr += (batch * stride_dob + first_q * stride_dom + head * stride_doh) * UNIT
+    stats = (batch * H + head) * T
+    first_out = batch * N
+    stored = N
+    if cu_q_ptr is not None:
+        stats = head * T + first_q
+        first_out = first_k
+        stored = n_k
+    lse_ptr += stats
     delta_ptr += stats
-    k = load_rows(k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
-    v = load_rows(v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, D, BLOCK_D, True)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    HAS_OPTIONS: tl.constexpr = (
+        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
+    )
 
-    # Tiles of rows [begin, full) see some of the keys, [full, whole) all; the next is incomplete.
-    whole = M // BLOCK_M
+    # Keys that no row sees are not read, nor the last rows if they see no key; they may hold NaN.
+    seen = n_k
+    if HAS_RIGHT:
+        seen = tl.minimum(n_k, n_q + diagonal + right)
+    low = 0
+    if HAS_LEFT:
+        low = diagonal - left
+        n_q = tl.maximum(tl.minimum(n_q, n_k - low), 0)
+    k = load_rows(
+        k_ptr, first_key, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT
+    )
+    v = load_rows(
+        v_ptr, first_key, stride_vn * UNIT, seen, BLOCK_N, DV, BLOCK_DV, True, low, HAS_LEFT
+    )
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    # Tiles [begin, full) and [full_end, end) of rows see some of the keys, those between all.
+    first_row = cols - diagonal - right  # the first and the last that see the key
+    last_row = cols - diagonal + left
+    last_key = tl.minimum(first_key + BLOCK_N, n_k) - 1
     begin = 0
     full = 0
-    ragged = whole * BLOCK_M < M
-    first_seeing = first_key - diagonal + tl.arange(0, BLOCK_N)  # first row that sees the key
-    if IS_CAUSAL:
-        begin = tl.maximum(first_key - diagonal, 0) // BLOCK_M
-        last_key = tl.minimum(first_key + BLOCK_N, N) - 1
-        full = tl.cdiv(tl.maximum(last_key - diagonal, 0), BLOCK_M)
-        ragged = ragged & (first_key < seen)
-    masked = tl.maximum(tl.minimum(full, whole) - begin, 0) + ragged.to(tl.int32)
+    full_end = n_q // BLOCK_M
+    end = tl.cdiv(n_q, BLOCK_M)
+    if HAS_RIGHT:
+        begin = tl.maximum(first_key - diagonal - right, 0) // BLOCK_M
+        full = tl.cdiv(tl.maximum(last_key - diagonal - right, 0), BLOCK_M)
+    if HAS_LEFT:
+        end = tl.cdiv(tl.minimum(n_q, tl.maximum(last_key - diagonal + left + 1, 0)), BLOCK_M)
+        full_end = tl.minimum(n_q, tl.maximum(first_key - diagonal + left + 1, 0)) // BLOCK_M
+    end = tl.where(first_key < seen, end, 0)
+    full_end = tl.maximum(tl.minimum(full_end, end), full)
+    masked = tl.maximum(tl.minimum(full, end) - begin, 0) + tl.maximum(end - full_end, 0)
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, stride_stats, GROUP, M, begin, masked, full,
-        first_seeing, scale_log2, D, True, IS_CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
+        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
+        full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
+        options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
+        HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, stride_stats, GROUP, M, full,
-        tl.maximum(whole - full, 0), full, first_seeing,
-        scale_log2, D, False, IS_CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
+        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
+        full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
+        head, options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
+        HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    offset = (batch * N * H_K + head_k) * D
-    stride = H_K.to(tl.int64) * D
-    dk *= scale_log2 * LN_2
-    store_rows(dk_ptr + offset, first_key, stride, N, dk, BLOCK_N, D, BLOCK_D)
-    store_rows(dv_ptr + offset, first_key, stride, N, dv, BLOCK_N, D, BLOCK_D)
+    dk *= scale
+    if seqlens_k_ptr is not None:
+        dk = tl.where(cols[:, None] < n_k, dk, 0.0)
+        dv = tl.where(cols[:, None] < n_k, dv, 0.0)
+    stride = H_K.to(tl.int64)
+    dk_ptr += (first_out * H_K + head_k) * D
+    dv_ptr += (first_out * H_K + head_k) * DV
+    store_rows(dk_ptr, first_key, stride * D, stored, dk, BLOCK_N, D, BLOCK_D)
+    store_rows(dv_ptr, first_key, stride * DV, stored, dv, BLOCK_N, DV, BLOCK_DV)
 
 
-def _delta_and_lse2(do, out, lse, dlse):
-    """rowsum(do * out) - dlse, and lse in base 2: fp32 (batch, nheads, seqlen_q) both."""
+def _delta_and_lse(do, out, lse, dlse, base_2):
+    """rowsum(do * out) - dlse, and lse for `exp2`: fp32 in the shape of lse both."""
+    if out.dim() == 3:  # tokens are rows of one sequence here
+        do, out = do[None], out[None]
     batch, seqlen_q, nheads, headdim = out.shape
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    delta, safe_lse = torch.empty_like(lse), torch.empty_like(lse)
     block_d = max(16, next_power_of_2(headdim))
     block_m = 8192 // (block_d * do.element_size())
     unit, strides = aligned_strides(do)
     _attention_bwd_delta_kernel[(ceil_div(seqlen_q, block_m) * batch * nheads,)](
-        do, out, lse, None if dlse is None else dlse.contiguous(), delta, lse2, *strides,
+        do, out, lse, None if dlse is None else dlse.contiguous(), delta, safe_lse, *strides,
         H=nheads,
         M=seqlen_q,
         D=headdim,
+        BASE_2=base_2,
         UNIT=unit,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
     )  # fmt: skip
-    return delta, lse2
+    return delta, safe_lse
 
 
 def attention_bwd(
@@ -281,62 +430,110 @@ def attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     causal: str,
     softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    bidirectional: bool,
+    max_distance: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     need_dq: bool,
     need_dkv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    need_dbias: bool,
+    need_dtable: bool,
+    need_dalibi: bool,
+    need_dsinks: bool,
+) -> tuple[torch.Tensor, ...]:
     """Launches the backward.
 
     Args:
-        do: gradient of out, any strides; q, k, v, causal, softmax_scale: as in the forward.
+        do: gradient of out, any strides; q to max_seqlen_k: as in the forward.
         out, lse: what the forward returned.
         dlse: gradient of lse, or None.
-        need_dq, need_dkv: what is not needed is returned with 0 elements.
+        need_...: what is not needed is returned with 0 elements.
 
     Returns:
-        dq, dk, dv, contiguous, in the dtypes and shapes of q, k, v.
+        dq, dk, dv, dbias, dtable, dalibi, dsinks, contiguous, each in its input's dtype and shape.
     """
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_k = k.shape[1:3]
-    dq = torch.empty(q.shape if need_dq else (0,), dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape if need_dkv else (0,), dtype=k.dtype, device=q.device)
-    dv = torch.empty(v.shape if need_dkv else (0,), dtype=v.dtype, device=q.device)
-    if dq.numel() == 0 and dk.numel() == 0:
-        return dq, dk, dv
+    packed = cu_seqlens_q is not None
+    new = torch.zeros if packed else torch.empty  # tokens of no sequence are written by no program
+    dq = new(q.shape if need_dq else (0,), dtype=q.dtype, device=q.device)
+    dk = new(k.shape if need_dkv else (0,), dtype=k.dtype, device=q.device)
+    dv = new(v.shape if need_dkv else (0,), dtype=v.dtype, device=q.device)
     if do.stride(-1) != 1:  # such as the expanded gradient of a sum
         do = do.contiguous()
-    delta, lse2 = lse, lse
+    delta = lse
+    base_2 = mask is None and bias is None and table is None and alibi_slopes is None
+    base_2 = base_2 and softcap == 0.0
     if out.numel():
-        delta, lse2 = _delta_and_lse2(do, out, lse, dlse)
+        delta, lse = _delta_and_lse(do, out, lse, dlse, base_2)
+    nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
+    if packed:
+        batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+        q, k, v, do = q[None], k[None], v[None], do[None]
+    else:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    nheads_k = k.shape[2]
     unit, strides = aligned_strides(q, k, v, do)
     call = dict(
         H=nheads,
         GROUP=nheads // nheads_k,
         M=seqlen_q,
         N=seqlen_k,
-        diagonal=seqlen_k - seqlen_q if causal == "bottom_right" else 0,
-        scale_log2=softmax_scale * math.log2(math.e),
+        T=lse.shape[-1],
+        scale=softmax_scale,
+        **option_arguments(
+            (seqlen_q, seqlen_k), mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+            alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p,
+            bidirectional, max_distance,
+        ),
         D=headdim,
-        IS_CAUSAL=causal != "none",
+        DV=headdim_v,
         UNIT=unit,
         PRECISION=dot_precision(q.dtype),
         BLOCK_D=max(16, next_power_of_2(headdim)),
-    )
-    row_bytes = 2 * headdim * q.element_size()
-    if dq.numel():
-        config = attention_config("dq", q.device, headdim, q.dtype, unit)
+        BLOCK_DV=max(16, next_power_of_2(headdim_v)),
+    )  # fmt: skip
+    inputs = (q, k, v, do, lse, delta)
+    widest = max(headdim, headdim_v)
+    read = mask is not None or bias is not None
+    row_bytes = (headdim + headdim_v) * q.element_size()
+    if dq.numel() and batch * seqlen_q:
+        config = attention_config("dq", q.device, widest, q.dtype, unit, read)
         heads = batch * nheads
         section = attention_section(q.device, causal, seqlen_k * row_bytes, heads)
         _attention_bwd_dq_kernel[(ceil_div(seqlen_q, config.block_m) * heads,)](
-            q, k, v, do, lse2, delta, dq, *strides, section=section, **call, **config.options()
+            *inputs, dq, *strides, section=section, **call, **config.options()
         )
-    if dk.numel():
-        config = attention_config("dkv", q.device, headdim, q.dtype, unit)
+    if dk.numel() and batch * seqlen_k:
+        config = attention_config("dkv", q.device, widest, q.dtype, unit, read)
         heads = batch * nheads_k
         head_bytes = call["GROUP"] * seqlen_q * row_bytes
         section = attention_section(q.device, causal, head_bytes, heads)
         _attention_bwd_dk_dv_kernel[(ceil_div(seqlen_k, config.block_n) * heads,)](
-            q, k, v, do, lse2, delta, dk, dv, *strides, section=section, **call, **config.options()
+            *inputs, dk, dv, *strides, section=section, **call, **config.options()
         )
-    return dq, dk, dv
+    rest = inputs, strides, batch, call
+    none = q.new_empty((0,), dtype=torch.float32)
+    buckets = (bidirectional, max_distance)
+    return (
+        dq,
+        dk,
+        dv,
+        attention_dbias(bias, *rest) if need_dbias else none,
+        attention_dtable(table, *buckets, *rest) if need_dtable else none.clone(),
+        attention_dalibi(alibi_slopes, *rest) if need_dalibi else none.clone(),
+        attention_dsinks(sinks, lse, delta, base_2) if need_dsinks else none.clone(),
+    )

@@ -1,11 +1,12 @@
 """Attention forward: tiles of queries against blocks of keys, with an online softmax.
 
-    s = scale * q k^T;  lse = log(sum_keys exp(s));  out = exp(s - lse) v
+    s = score(q k^T);  lse = log(sum_keys exp(s) + exp(sink));  out = dropout(exp(s - lse)) v
 
 in base 2: `scale * log2(e)` is folded into one factor, so that exp2 needs no product of its own.
-Blocks of keys that no row of the tile sees are skipped, those that every row sees are not masked.
-A row that sees no key gives out = 0 and lse = -inf. Layout (batch, seqlen, nheads, headdim), any
-strides with last stride 1; statistics are fp32.
+Blocks of keys that no row of the tile may see by its place (causal, window, lengths) are skipped,
+those that every row may see are not compared with it. A row that sees no key gives out = 0 and
+lse = -inf. Layout (batch, seqlen, nheads, headdim) or packed (tokens, nheads, headdim), any strides
+with last stride 1; statistics are fp32. Scores: attention_scores.py.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867.
 """
@@ -18,6 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_scores import (
+    OPTIONS_RUNTIME,
+    key_ranges,
+    logits,
+    option_arguments,
+    seen_keys,
+    sequence,
+    zero_rows,
+)
 from fastlm.kernels.configs import (
     aligned_strides,
     attention_config,
@@ -26,130 +36,253 @@ from fastlm.kernels.configs import (
     dot_precision,
     next_power_of_2,
 )
-from fastlm.kernels.primitives import LN_2, key_range, load_rows, store_rows, tile_and_head
+from fastlm.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    dropout_keep,
+    load_rows,
+    store_rows,
+    tile_and_head,
+)
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
-RUNTIME = ["H", "GROUP", "M", "N", "diagonal", "section"]
+RUNTIME = ["H", "GROUP", "M", "N", "T", "section", *OPTIONS_RUNTIME]
 RUNTIME += [f"stride_{x}" for x in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "vn", "vh")]
 
 
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, last_key, scale_log2,
-    D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key, last_key,
+    rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head,
+    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries.
 
-    MASKED: no row sees keys from `end` on, which are not read; they may hold NaN.
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. Scores and maxima are
+    in base 2, except with options.
     """
+    scale_log2 = scale * LOG2_E
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
+        local = tl.arange(0, BLOCK_N)
+        cols = start + local
+        if HAS_OPTIONS:
+            s, _ = logits(
+                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
+            )
+        elif MASKED:
+            s *= scale_log2
+        if FORBIDS:  # keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN
+            visible = tl.max((s != float("-inf")).to(tl.int32), 0)
+            v = zero_rows(v, visible)
         if MASKED:
-            seen = start + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
-            s = tl.where(seen, s * scale_log2, float("-inf"))
+            seen = cols[None, :] <= last_key[:, None]
+            if HAS_LEFT:
+                seen = seen & (cols[None, :] >= first_key[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        if MASKED or HAS_OPTIONS:
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # A row that has seen no key yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - shift[:, None])
+            if HAS_OPTIONS:
+                p = tl.exp2((s - shift[:, None]) * LOG2_E)
+                alpha = tl.exp2((m_i - shift) * LOG2_E)
+            else:
+                p = tl.exp2(s - shift[:, None])
+                alpha = tl.exp2(m_i - shift)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            shift = m_new
-            p = tl.exp2(s * scale_log2 - shift[:, None])
-        alpha = tl.exp2(m_i - shift)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, D, BLOCK_D, MASKED)
+        if seed_ptr is not None:
+            keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
-    H, GROUP, M, N, diagonal, section, scale_log2,
-    D: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, GROUP, M, N, T, section, scale,
+    mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m: tl.int64,
+    stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
+    stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
+    threshold: tl.uint32, dropout_scale, left, right, bottom_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. Strides count UNIT elements: what they are aligned to."""
+    """One tile of queries of one head. Strides count UNIT elements: what they are aligned to.
+
+    M, N: lengths, of packed sequences the longest's. T: rows of a head in lse.
+    """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
     head = (batch_head % H).to(tl.int64)
     head_k = head // GROUP
     first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (batch * stride_kb + head_k * stride_kh) * UNIT
-    v_ptr += (batch * stride_vb + head_k * stride_vh) * UNIT
+    first_q, first_k, n_q, n_k, diagonal = sequence(
+        batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
+    )
+    options = (
+        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        values_ptr, extent, slopes_ptr, stride_sb, softcap,
+    )  # fmt: skip
+    q_ptr += (batch * stride_qb + first_q * stride_qm + head * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
+    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    HAS_OPTIONS: tl.constexpr = (
+        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
+    )
 
-    q = load_rows(q_ptr, first_row, stride_qm * UNIT, M, BLOCK_M, D, BLOCK_D, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    full, end = key_range(first_row, BLOCK_M, M, N, diagonal, IS_CAUSAL, BLOCK_N)
-    last_key = tl.zeros([BLOCK_M], tl.int32) + (N - 1)
-    if IS_CAUSAL:
-        last_key = tl.minimum(rows + diagonal, last_key)
+    begin, full, full_end, low, end = key_ranges(
+        first_row, BLOCK_M, n_q, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
+    if HAS_LEFT:
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
+            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
+            options, seed_ptr, threshold, batch, head, D, DV, True, True, HAS_OPTIONS,
+            FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, 0, full, last_key,
-        scale_log2, D, False, PRECISION, BLOCK_N, BLOCK_D,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
+        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, end, last_key,
-        scale_log2, D, True, PRECISION, BLOCK_N, BLOCK_D,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end, low,
+        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dead = m_i == float("-inf")
+    if not HAS_OPTIONS:
+        m_i *= LN_2
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        m_new = tl.maximum(m_i, sink)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m_i - shift) * LOG2_E)
+        l_i = l_i * alpha + tl.exp2((sink - shift) * LOG2_E)
+        acc *= alpha[:, None]
+        m_i = m_new
     l_i = tl.where(dead, 1.0, l_i)
-    out_ptr += (batch * M * H + head) * D
-    store_rows(out_ptr, first_row, H.to(tl.int64) * D, M, acc / l_i[:, None], BLOCK_M, D, BLOCK_D)
-    lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN_2)
-    tl.store(lse_ptr + batch_head.to(tl.int64) * M + rows, lse, mask=rows < M)
+    inverse = 1.0 / l_i
+    if seed_ptr is not None:
+        inverse *= dropout_scale
+    out_ptr += ((batch * M + first_q) * H + head) * DV
+    lse_ptr += batch_head.to(tl.int64) * T
+    if cu_q_ptr is not None:
+        out_ptr -= batch * M * H * DV
+        lse_ptr += first_q - batch * H * T
+    stride_om = H.to(tl.int64) * DV
+    store_rows(out_ptr, first_row, stride_om, n_q, acc * inverse[:, None], BLOCK_M, DV, BLOCK_DV)
+    lse = tl.where(dead, float("-inf"), m_i + tl.log2(l_i) * LN_2)
+    tl.store(lse_ptr + rows, lse, mask=rows < n_q)
 
 
 def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str, softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    causal: str,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    bidirectional: bool,
+    max_distance: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the forward.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), last stride 1, as are
-        k, v: (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of nheads_k.
+        k, v: (batch, seqlen_k, nheads_k, ...); nheads is a multiple of nheads_k. With cu_seqlens,
+            all three have tokens in the place of batch and seqlen.
         causal: "none", "top_left" or "bottom_right".
+        The rest: as `fastlm::attention_fwd` says; max_seqlen_q and max_seqlen_k are those of packed
+            sequences, and otherwise ignored.
 
     Returns:
-        out, contiguous, as q; lse, fp32 (batch, nheads, seqlen_q), natural logarithm.
+        out, contiguous, as q but with the head dim of v; lse, fp32 (batch, nheads, seqlen_q) or
+        (nheads, tokens_q), natural logarithm.
     """
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_k = k.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+    packed = cu_seqlens_q is not None
+    nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
+    shape = (*q.shape[:-1], headdim_v)
+    if packed:  # tokens of no sequence are written by no program
+        batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+        out = torch.zeros(shape, dtype=q.dtype, device=q.device)
+        lse = torch.full((nheads, q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
+        q, k, v = q[None], k[None], v[None]
+    else:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or batch * seqlen_q == 0:
         return out, lse
     if softmax_scale < 0:  # the running maximum assumes a scale that keeps the order
         q, softmax_scale = -q, -softmax_scale
     unit, strides = aligned_strides(q, k, v)
-    config = attention_config("fwd", q.device, headdim, q.dtype, unit)
+    options = option_arguments(
+        (seqlen_q, seqlen_k), mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+        alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p, bidirectional,
+        max_distance,
+    )  # fmt: skip
+    read = mask is not None or bias is not None
+    config = attention_config("fwd", q.device, max(headdim, headdim_v), q.dtype, unit, read)
     tiles = ceil_div(seqlen_q, config.block_m)
-    head_bytes = 2 * seqlen_k * headdim * q.element_size()
+    head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()
     _attention_fwd_kernel[(tiles * batch * nheads,)](
-        q, k, v, out, lse, *strides,
+        q, k, v, out, lse, sinks, *strides,
         H=nheads,
-        GROUP=nheads // nheads_k,
+        GROUP=nheads // k.shape[2],
         M=seqlen_q,
         N=seqlen_k,
-        diagonal=seqlen_k - seqlen_q if causal == "bottom_right" else 0,
+        T=lse.shape[-1],
         section=attention_section(q.device, causal, head_bytes, batch * nheads),
-        scale_log2=softmax_scale * math.log2(math.e),
+        scale=softmax_scale,
+        **options,
         D=headdim,
-        IS_CAUSAL=causal != "none",
+        DV=headdim_v,
         UNIT=unit,
         PRECISION=dot_precision(q.dtype),
         BLOCK_D=max(16, next_power_of_2(headdim)),
+        BLOCK_DV=max(16, next_power_of_2(headdim_v)),
         **config.options(),
     )  # fmt: skip
     return out, lse

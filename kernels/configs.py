@@ -122,53 +122,113 @@ class AttentionConfig:
 
 
 # target -> (arithmetic, pass) -> (block_m, block_n, num_warps, num_stages) of head dims up to 32,
-# 64, 128 and 256. Arithmetic is "half", "narrow" where halves cannot be loaded two at a time, or
-# for fp32 the precision of its products. Chosen by compiling: no spills on NVIDIA up to head dim
-# 128, and on sm_80 at most 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
+# 64, 128, 256 and 512. Arithmetic is "half", "narrow" where halves cannot be loaded two at a time,
+# or for fp32 the precision of its products. Chosen by compiling: no spills on NVIDIA up to head
+# dim 128, and on sm_80 at most 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
 # Not timed yet.
 _NVIDIA = {
-    ("narrow", "fwd"): ((128, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
-    ("narrow", "dq"): ((64, 32, 4, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
-    ("narrow", "dkv"): ((32, 64, 4, 1), (32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
-    ("ieee", "fwd"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1)),
-    ("ieee", "dq"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
-    ("ieee", "dkv"): ((32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
-}
+    ("narrow", "fwd"): (
+        (128, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1),
+    ),
+    ("narrow", "dq"): (
+        (64, 32, 4, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("narrow", "dkv"): (
+        (32, 64, 4, 1), (32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "fwd"): (
+        (64, 32, 4, 2), (64, 32, 8, 2), (16, 64, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "dq"): (
+        (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    ("ieee", "dkv"): (
+        (16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
+    ),
+}  # fmt: skip
 _ATTENTION = {
     "sm_80": {
         **_NVIDIA,
-        ("half", "fwd"): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        ("half", "dq"): ((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        ("half", "dkv"): ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-        ("tf32", "dq"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 1)),
-        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("half", "fwd"): (
+            (128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1),
+        ),
+        ("half", "dq"): (
+            (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
+        ),
+        ("half", "dkv"): (
+            (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
+        ),
+        ("tf32", "fwd"): (
+            (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
+        ),
+        ("tf32", "dq"): (
+            (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+        ),
+        ("tf32", "dkv"): (
+            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+        ),
     },
     "sm_90": {
         **_NVIDIA,
-        ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        ("half", "dq"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-        ("half", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2)),
-        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
-        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("half", "fwd"): (
+            (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2),
+        ),
+        ("half", "dq"): (
+            (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1),
+        ),
+        ("half", "dkv"): (
+            (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 1),
+        ),
+        ("tf32", "fwd"): (
+            (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
+        ),
+        ("tf32", "dq"): (
+            (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+        ),
+        ("tf32", "dkv"): (
+            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+        ),
     },
     "sm_100": {
         **_NVIDIA,
-        ("half", "fwd"): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
-        ("half", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        ("half", "dkv"): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        ("tf32", "fwd"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        ("tf32", "dq"): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
-        ("tf32", "dkv"): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+        ("half", "fwd"): (
+            (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2),
+        ),
+        ("half", "dq"): (
+            (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1),
+        ),
+        ("half", "dkv"): (
+            (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1),
+        ),
+        ("tf32", "fwd"): (
+            (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
+        ),
+        ("tf32", "dq"): (
+            (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+        ),
+        ("tf32", "dkv"): (
+            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+        ),
     },
     "gfx942": {
-        ("half", "fwd"): ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
-        ("half", "dq"): ((128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)),
-        ("half", "dkv"): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (16, 32, 4, 1)),
-        ("ieee", "fwd"): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
-        ("ieee", "dq"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-        ("ieee", "dkv"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        ("half", "fwd"): (
+            (128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2), (32, 16, 4, 1),
+        ),
+        ("half", "dq"): (
+            (128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1),
+        ),
+        ("half", "dkv"): (
+            (32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
+        ),
+        ("ieee", "fwd"): (
+            (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1),
+        ),
+        ("ieee", "dq"): (
+            (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1),
+        ),
+        ("ieee", "dkv"): (
+            (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1),
+        ),
     },
 }  # fmt: skip
 # The interpreter: small, and wider than high and higher than wide.
@@ -180,9 +240,15 @@ _ATTENTION_CPU = {
 
 
 def attention_config(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, read: bool
 ) -> AttentionConfig:
-    """The configuration of a pass, "fwd", "dq" or "dkv"; `unit` from `aligned_strides`."""
+    """The configuration of a pass, "fwd", "dq" or "dkv".
+
+    Args:
+        headdim: the wider of both.
+        unit: from `aligned_strides`.
+        read: a mask or a bias is read; its tiles take room beside the scores'.
+    """
     name = target(device)
     if name == "cpu":
         return _ATTENTION_CPU[which]
@@ -192,7 +258,12 @@ def attention_config(
     if name != "gfx942" and arithmetic == "half" and unit == 1:
         arithmetic = "narrow"
     by_headdim = _ATTENTION[name][arithmetic, which]
-    return AttentionConfig(*by_headdim[max((headdim - 1).bit_length() - 5, 0)])
+    m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
+    if read and (which == "dkv" or (which == "fwd" and headdim > 64)):
+        m, stages = max(m // 2, 16), min(stages, 2)
+    if read and which != "dkv":
+        n, stages = max(n // 2, 16), min(stages, 2)
+    return AttentionConfig(m, n, warps, stages)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.
@@ -214,3 +285,52 @@ def attention_section(device: torch.device, causal: str, head_bytes: int, heads:
     if causal == "none":
         return 1
     return max(1, min(heads, _SECTION_BYTES[target(device)] // max(head_bytes, 1)))
+
+
+def decode_config(
+    device: torch.device,
+    rows: int,
+    heads: int,
+    seqlen_k: int,
+    widest: int,
+    dtype: torch.dtype,
+    plain: bool,
+) -> tuple[AttentionConfig, int]:
+    """(tiles, splits of the keys) of `attention_decode`: two programs a multiprocessor.
+
+    Args:
+        rows: queries times the heads that share a key head.
+        heads: batch times key heads.
+        seqlen_k: keys that the cache has room for; how many are filled only the device knows.
+        widest: the wider of the head dims, a power of two.
+        plain: no option reads a value for each pair, so that wider tiles fit into registers.
+    """
+    most = min(64, 8192 // widest) if plain else min(32, 2048 // widest)
+    block_m = min(max(next_power_of_2(rows), 16), max(16, most))
+    if target(device) == "cpu":  # splits, some of them empty, in every call
+        return AttentionConfig(block_m, 16, 4, 1), min(ceil_div(seqlen_k, 16) + 1, 3)
+    words = 4 if dtype == torch.float32 else 2
+    block_n = max(16, min(128, 16384 // (widest * words)) // (1 if plain else 2))
+    tiles = ceil_div(rows, block_m) * heads
+    # At least 4 blocks in a split, or the combination costs more than it saves.
+    splits = min(ceil_div(2 * multiprocessors(device), tiles), ceil_div(seqlen_k, 4 * block_n), 128)
+    stages = 2 if target(device) == "gfx942" else 3
+    warps = 4 if plain or words == 2 else 8
+    return AttentionConfig(block_m, block_n, warps, stages), max(splits, 1)
+
+
+@functools.cache
+def bucket_starts(num_buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
+    """The least |key - query| of each `RelativeBias` bucket of one side, but the first.
+
+    Half of a side's buckets hold one distance each; the rest grow with the logarithm of the
+    distance, in the reference's fp32. A bucket that the logarithm jumps over starts as the next.
+    """
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = side // 2
+    distance = torch.arange(exact, max_distance + 1, device="cpu")
+    fraction = torch.log(distance.float() / exact) / math.log(max_distance / exact)
+    bucket = (exact + (fraction * (side - exact)).long()).clamp(max=side - 1)
+    bucket = torch.cummax(bucket, 0).values
+    grown = torch.searchsorted(bucket, torch.arange(exact + 1, side, device="cpu")) + exact
+    return *range(1, exact + 1), *grown.tolist()

@@ -70,7 +70,7 @@ def tile_and_head(pid, tiles, longest_last, section):
 
 @triton.jit
 def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              MASKED: tl.constexpr):  # fmt: skip
+              MASKED: tl.constexpr, low=0, HAS_LOW: tl.constexpr = False):  # fmt: skip
     """Rows [first, first + BLOCK_M) of an M x D matrix, with 0 outside it.
 
     The offsets within a tile do not depend on `first`, so a loop computes them once and keeps them
@@ -79,6 +79,7 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
     Args:
         stride: elements between rows, int64.
         MASKED: False promises that all rows are below M.
+        low: with MASKED and HAS_LOW, rows below it are 0 too.
 
     Returns:
         [BLOCK_M, BLOCK_D] in the dtype of `ptr`.
@@ -87,10 +88,13 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
     cols = tl.arange(0, BLOCK_D)
     offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
     ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
-    if MASKED and D != BLOCK_D:
-        return tl.load(ptrs, mask=(rows < M - first)[:, None] & (cols < D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=(rows < M - first)[:, None], other=0.0)
+    if MASKED:
+        mask = (rows < M - first)[:, None]
+        if HAS_LOW:
+            mask = mask & (rows >= low - first)[:, None]
+        if D != BLOCK_D:
+            mask = mask & (cols < D)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0)
     elif D != BLOCK_D:
         return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
     else:
@@ -126,6 +130,40 @@ def key_range(first_row, BLOCK_M: tl.constexpr, M, N, diagonal,
         end = tl.minimum(tl.maximum(last_row + diagonal + 1, 0), N)
         full = tl.minimum(tl.maximum(first_row + diagonal + 1, 0), N)
         return full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def tanh(z):
+    """tanh in fp32, to a few units in the last place for small z too."""
+    e = tl.exp(-2.0 * tl.abs(z))
+    far = (1.0 - e) / (1.0 + e)
+    # Near 0 that would cancel; the series to z^11 leaves 2e-8 of the value at 0.25.
+    z2 = z * z
+    near = -1382 / 155925 * z2 + 62 / 2835
+    near = near * z2 - 17 / 315
+    near = near * z2 + 2 / 15
+    near = near * z2 - 1 / 3
+    near = z + z * z2 * near
+    return tl.where(z2 < 0.0625, near, tl.where(z < 0.0, -far, far))
+
+
+@triton.jit
+def relative_bucket(distance, STARTS: tl.constexpr, BIDIRECTIONAL: tl.constexpr):
+    """The bucket of int32 distances key - query: that of `fastlm.reference.relative_bias`.
+
+    Args:
+        STARTS: `bucket_starts` of configs.py: how near each bucket of a side after the first
+            begins. Comparing with these integers leaves no rounding to a logarithm of the device.
+    """
+    if BIDIRECTIONAL:
+        bucket = tl.where(distance > 0, len(STARTS) + 1, 0)
+        near = tl.abs(distance)
+    else:
+        bucket = tl.zeros_like(distance)
+        near = -distance
+    for i in tl.static_range(len(STARTS)):
+        bucket += (near >= STARTS[i]).to(tl.int32)
+    return bucket
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from attention_cases import PAIRS, SINGLES, case, run
 
 import fastlm
-from fastlm.ops import _attention_torch
+from fastlm.ops import _attention_torch, _attention_triton
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 from fastlm.shapes import ATTENTION_LARGE, ATTENTION_SMALL
@@ -368,10 +368,13 @@ def test_attention_compiles_once_for_all_lengths():
 def test_attention_opcheck(device):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in small(device).values())
     for causal in ("none", "top_left", "bottom_right"):
-        torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, (q, k, v, causal, 0.3))
-        out, lse = torch.ops.fastlm.attention_fwd(q, k, v, causal, 0.3)
+        scalars = (causal, 0.3, -1, -1, 0.0, 0.0, False, 0, 20, 24)
+        args = (q, k, v, *[None] * 9, *scalars)
+        torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, args)
+        out, lse = torch.ops.fastlm.attention_fwd(*args)
     for dlse, need_dq, need_dkv in ((lse, True, True), (None, True, False), (None, False, True)):
-        args = (out, q, k, v, out, lse, dlse, "bottom_right", 0.3, need_dq, need_dkv)
+        needs = (need_dq, need_dkv, False, False, False, False)
+        args = (out, q, k, v, out, lse, dlse, *[None] * 9, *scalars, *needs)
         torch.library.opcheck(torch.ops.fastlm.attention_bwd.default, args)
 
 
@@ -462,26 +465,39 @@ def test_attention_errors(change, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"q": torch.ones(1, 20, 2, 7).double()},
-     "computes in fp32 and does not take torch.float64"),
-    ({"q": torch.ones(1, 2, 1, 300), "k": torch.ones(1, 2, 1, 300), "v": torch.ones(1, 2, 1, 300)},
-     "does not take headdim above 256, here 300"),
-    ({"v": torch.ones(1, 24, 1, 8)}, "does not take headdim_v = 8 with headdim = 7 yet"),
-    ({"window": (1, 1)}, "does not take window yet"),
-    ({"mask": BOOL}, "does not take mask yet"),
-    ({"bias": RelativeBias(TABLE, bidirectional=True, max_distance=9)},
-     "does not take bias yet"),
-    ({"seqlens_k": torch.ones(1, dtype=torch.int32)}, "does not take seqlens_k yet"),
-    ({"alibi_slopes": torch.ones(2)}, "does not take alibi_slopes yet"),
-    ({"softcap": 1.0}, "does not take softcap yet"),
-    ({"sinks": torch.ones(2)}, "does not take sinks yet"),
-    ({"dropout_p": 0.5}, "does not take dropout_p > 0 yet"),
-])  # fmt: skip
+WIDE = {name: torch.ones(1, 2, 1, 600) for name in "qkv"}
+MISSING = {
+    "window": ({"window": (1, 1)}, "window"),
+    "mask": ({"mask": BOOL}, "mask"),
+    "bias": ({"bias": torch.ones(24)}, "bias"),
+    "RelativeBias": (
+        {"bias": RelativeBias(TABLE, bidirectional=True, max_distance=9)},
+        "RelativeBias",
+    ),
+    "seqlens_k": ({"seqlens_k": torch.ones(1, dtype=torch.int32)}, "seqlens_k"),
+    "alibi_slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
+    "softcap": ({"softcap": 1.0}, "softcap"),
+    "sinks": ({"sinks": torch.ones(2)}, "sinks"),
+    "dropout_p": ({"dropout_p": 0.5}, "dropout_p > 0"),
+    "headdim_v": ({"v": torch.ones(1, 24, 1, 8)}, "headdim_v = 8 with headdim = 7"),
+}
+REFUSED = [
+    ({"q": torch.ones(1, 20, 2, 7).double()}, "computes in fp32 and does not take torch.float64"),
+    (WIDE, "does not take headdim above "),
+    *(
+        (change, f"does not take {what} yet")
+        for name, (change, what) in MISSING.items()
+        if name in _attention_triton._MISSING
+    ),
+]
+
+
+@pytest.mark.parametrize("change,message", REFUSED, ids=str)
 def test_attention_triton_refusals(change, message, device):
     inputs = {**small(device), **change}
     inputs = {n: x.to(device) if torch.is_tensor(x) else x for n, x in inputs.items()}
     if isinstance(inputs.get("bias"), RelativeBias):
-        inputs["bias"].table = inputs["bias"].table.to(device)
+        table = inputs["bias"].table.to(device)
+        inputs["bias"] = RelativeBias(table, bidirectional=True, max_distance=9)
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         fastlm.attention(**inputs, impl="triton")

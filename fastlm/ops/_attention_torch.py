@@ -11,6 +11,7 @@ import contextlib
 
 import torch
 
+from fastlm.ops._attention_check import in_transform
 from fastlm.ops._check import autocast_dtype
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
@@ -52,6 +53,7 @@ def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, options: dict) -> bool:
         and all(options[name] is None for name in _NOT_IN_SDPA)
         and q.numel() > 0
         and k.numel() > 0
+        and not in_transform()
     )
 
 

@@ -14,15 +14,19 @@ import torch
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 
-def contract(fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+def contract(
+    fake: Callable, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable], torch._ops.OpOverload]:
     """Decorator: registers the function as `fastlm::<name>` with `fake` for its metadata.
+
+    `mutates` names the arguments that it writes to.
 
     The first argument of the function is a tensor; the launch happens on its device.
     """
 
     def register(launch: Callable) -> torch._ops.OpOverload:
         name = launch.__name__
-        _LIBRARY.define(torch.library.infer_schema(launch, op_name=name, mutates_args=()))
+        _LIBRARY.define(torch.library.infer_schema(launch, op_name=name, mutates_args=mutates))
         _LIBRARY.impl(name, _on_device_of_first(launch), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.fastlm, name).default

@@ -3,93 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops import _attention_torch
+from fastlm.ops import _attention_torch, _attention_triton
 from fastlm.ops._attention_check import check_options, check_qkv, to_common_dtype
 from fastlm.ops._check import make_seed
-from fastlm.ops._library import contract
 from fastlm.reference.relative_bias import RelativeBias
-
-
-def _attention_fwd_fake(q, k, v, causal, softmax_scale):
-    batch, seqlen_q, nheads, _ = q.shape
-    return (
-        q.new_empty((batch, seqlen_q, nheads, v.shape[3])),
-        q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32),
-    )
-
-
-@contract(_attention_fwd_fake)
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str, softmax_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); causal is "none", "top_left" or "bottom_right". Both contiguous, lse fp32."""
-    from fastlm.kernels import attention_fwd as kernels
-
-    return kernels.attention_fwd(q, k, v, causal, softmax_scale)
-
-
-def _attention_bwd_fake(
-    do, q, k, v, out, lse, dlse, causal, softmax_scale, need_dq, need_dkv
-):  # fmt: skip
-    return (
-        q.new_empty(q.shape if need_dq else (0,)),
-        k.new_empty(k.shape if need_dkv else (0,)),
-        v.new_empty(v.shape if need_dkv else (0,)),
-    )
-
-
-@contract(_attention_bwd_fake)
-def attention_bwd(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dlse: torch.Tensor | None,
-    causal: str,
-    softmax_scale: float,
-    need_dq: bool,
-    need_dkv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous; of shape (0,) where not needed. dlse is the gradient of lse."""
-    from fastlm.kernels import attention_bwd as kernels
-
-    return kernels.attention_bwd(
-        do, q, k, v, out, lse, dlse, causal, softmax_scale, need_dq, need_dkv
-    )
-
-
-class _Attention(torch.autograd.Function):
-    """(q, k, v) -> (out, lse), both differentiable."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal, softmax_scale):
-        out, lse = attention_fwd(q, k, v, causal, softmax_scale)
-        ctx.set_materialize_grads(False)
-        ctx.causal, ctx.softmax_scale = causal, softmax_scale
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
-        do = torch.zeros_like(out) if do is None else _last_stride_1(do)
-        dq, dk, dv = attention_bwd(
-            do, q, k, v, out, lse, dlse, ctx.causal, ctx.softmax_scale, need_dq, need_dk or need_dv
-        )
-        return (
-            dq if need_dq else None,
-            dk if need_dk else None,
-            dv if need_dv else None,
-            None,
-            None,
-        )
 
 
 def attention(
@@ -144,9 +63,13 @@ def attention(
     Returns:
         out (batch, seqlen_q, nheads, headdim_v), contiguous, in the common dtype; with `return_lse`
         (out, lse), lse (batch, nheads, seqlen_q) in fp32 (fp64 for fp64). Differentiable in q, k,
-        v, bias or its table, alibi_slopes and sinks, through out and lse; twice by the reference,
-        once by fused kernels. A query that sees no key has out 0, lse -inf and gradient 0. Keys
+        v, bias or its table, alibi_slopes and sinks, through out and lse; gradients of gradients
+        are the reference's. A query that sees no key has out 0, lse -inf and gradient 0. Keys
         that no query sees may hold NaN.
+
+    Memory: the Triton kernels hold no (seqlen_q, seqlen_k) matrix. Beside its results the forward
+    keeps lse; the backward needs two numbers per query and head, and partial sums of the gradients
+    of bias, table, slopes and sinks. The reference holds all scores.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -167,36 +90,11 @@ def attention_as(op: str, q, k, v, impl, **options):
     check_qkv(op, q, k, v)
     check_options(op, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device, options)
     options["seed"] = make_seed(op, options["seed"], options["dropout_p"], q.device)
-    q, k, v = (_last_stride_1(x) for x in to_common_dtype(q, k, v))
+    q, k, v = (_attention_triton.last_stride_1(x) for x in to_common_dtype(q, k, v))
     if choose(op, impl, _BACKENDS, q.device, q, v, options) == "torch":
         return _attention_torch.attention(q, k, v, options)
-    causal = {False: "none", True: "bottom_right"}.get(options["causal"], options["causal"])
-    scale = options["softmax_scale"]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = _Attention.apply(q, k, v, causal, scale)
-    return (out, lse) if options["return_lse"] else out
-
-
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_NOT_IN_TRITON = ("window", "mask", "bias", "seqlens_k", "alibi_slopes", "softcap", "sinks")
-
-
-def _triton_refuses(q, v, options) -> str | None:
-    if q.dtype not in _TRITON_DTYPES:
-        return f"computes in fp32 and does not take {q.dtype}"
-    if q.shape[-1] > 256:
-        return f"does not take headdim above 256, here {q.shape[-1]}"
-    if v.shape[-1] != q.shape[-1]:
-        return f"does not take headdim_v = {v.shape[-1]} with headdim = {q.shape[-1]} yet"
-    for name in _NOT_IN_TRITON:
-        if options[name] is not None:
-            return f"does not take {name} yet"
-    return "does not take dropout_p > 0 yet" if options["dropout_p"] > 0.0 else None
+    return _attention_triton.attention(q, k, v, options)
 
 
 # Triton first: it never holds a (seqlen_q, seqlen_k) matrix. Not measured on a GPU yet.
-_BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
-
-
-def _last_stride_1(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+_BACKENDS = {"triton": _attention_triton.refuses, "torch": supports_all}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops import _attention_torch
+from fastlm.ops import _attention_decode, _attention_torch, _attention_triton
 from fastlm.ops._attention_check import (
     check_new_keys,
     check_options,
@@ -19,6 +19,8 @@ from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
 _BACKENDS = {"torch": supports_all}
+_BACKENDS_VARLEN = {"triton": _attention_triton.refuses, "torch": supports_all}
+_DECODE_BACKENDS = {"triton": _attention_decode.refuses, "torch": supports_all}
 
 
 def attention_varlen(
@@ -77,12 +79,13 @@ def attention_varlen(
     shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
     check_options(op, shape, q.device, options)
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
-    choose(op, impl, _BACKENDS, q.device)
     q, k, v = to_common_dtype(q, k, v)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if choose(op, impl, _BACKENDS_VARLEN, q.device, q, v, options, packing) == "triton":
+        q, k, v = (_attention_triton.last_stride_1(x) for x in (q, k, v))
+        return _attention_triton.attention(q, k, v, options, packing)
     with _attention_torch.without_autocast(q.device):
-        return reference.attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-        )
+        return reference.attention_varlen(q, k, v, *packing, **options)
 
 
 def attention_decode(
@@ -118,7 +121,7 @@ def attention_decode(
         seqlens_k: (batch,) int32 or int64; how many keys are filled before the call.
         k_new, v_new: (batch, seqlen_new, nheads_k, headdim or headdim_v), cast to the caches'
             dtype. Where they do not fit, indexing fails: an IndexError on the CPU, a device
-            assertion on CUDA, since checking would wait for the device.
+            assertion on a GPU, since checking would wait for the device.
         causal, window, softmax_scale, mask, bias, alibi_slopes, softcap, sinks, return_lse, impl:
             as in `attention`, with seqlen_cache keys and, for distances, n_k the keys seen.
 
@@ -143,7 +146,9 @@ def attention_decode(
     shape = (q.shape[0], q.shape[2], q.shape[1], k_cache.shape[1])
     check_options(op, shape, q.device, options)
     _require_no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)
-    choose(op, impl, _BACKENDS, q.device)
+    backend = choose(op, impl, _DECODE_BACKENDS, q.device, q, k_cache, v_cache, options)
+    if backend == "triton":
+        return _attention_decode.attention_decode(q, k_cache, v_cache, k_new, v_new, options)
     if k_new is not None:
         reference.append(k_cache, k_new, seqlens_k)
         reference.append(v_cache, v_new, seqlens_k)

@@ -32,7 +32,8 @@ def forward_backward(fn: Callable, *tensors: torch.Tensor, **options) -> None:
     """Launches the forward kernels and those of every gradient."""
     out = fn(*tensors, impl="triton", **options)
     outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
-    optional = [x for x in options.values() if isinstance(x, torch.Tensor)]
+    optional = [x.table if isinstance(x, fastlm.RelativeBias) else x for x in options.values()]
+    optional = [x for x in optional if isinstance(x, torch.Tensor)]
     inputs = [x for x in (*tensors, *optional) if x.requires_grad]
     torch.autograd.grad(outputs, inputs, [torch.empty_like(y) for y in outputs])
 
@@ -40,6 +41,8 @@ def forward_backward(fn: Callable, *tensors: torch.Tensor, **options) -> None:
 def cases() -> Iterator[Case]:
     yield from norm()
     yield from attention()
+    yield from attention_options()
+    yield from attention_decode()
     yield from ffn()
     yield from loss()
 
@@ -95,6 +98,55 @@ def attention() -> Iterator[Case]:
     yield case("causal-gqa-lengths", "bf16", 40, *nvidia, **lengths)
     yield case("causal", "fp32", 64, hopper, "gfx942", causal=True)
     yield case("full", "fp32", 128, ampere)
+
+
+def attention_options() -> Iterator[Case]:
+    """Each with its gradient. "options" may spill, see `broken_rules`."""
+
+    def case(label, dtype, headdim, **options):
+        def run():
+            q, k, v = (tensor(2, 1024, 16, headdim, dtype=DTYPES[dtype]) for _ in range(3))
+            forward_backward(fastlm.attention, q, k, v, **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-options-{label}", run)
+
+    table = tensor(32, 16)
+    relative = fastlm.RelativeBias(table, bidirectional=True, max_distance=128)
+    yield case("bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
+    yield case("columns", "bf16", 128, bias=tensor(2, 1, 1, 1024))
+    yield case("table", "bf16", 64, bias=relative)
+    yield case("alibi", "fp32", 64, causal=True, alibi_slopes=tensor(16))
+
+
+def attention_decode() -> Iterator[Case]:
+    def case(label, dtype, headdim, *, nheads=16, nheads_k=4, seqlen_q=1, cache=None, **options):
+        def run():
+            q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype], grad=False)
+            new = tensor(2, seqlen_q, nheads_k, headdim, dtype=DTYPES[dtype], grad=False)
+            kv = tensor(2, 4096, nheads_k, headdim, dtype=DTYPES[cache or dtype], grad=False)
+            lens = tensor(2, dtype=torch.int32)
+            fastlm.attention_decode(q, kv, kv, lens, k_new=new, v_new=new, impl="triton", **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-decode-{label}", run)
+
+    def every():
+        return dict(
+            window=(512, 0), mask=tensor(2, 1, 1, 4096, dtype=torch.bool),
+            bias=tensor(16, 1, 4096, grad=False), alibi_slopes=tensor(16, grad=False),
+            softcap=30.0, sinks=tensor(16, grad=False),
+        )  # fmt: skip
+
+    yield case("aligned", "bf16", 128)
+    yield case("queries-aligned", "bf16", 128, seqlen_q=16)
+    yield case("aligned", "bf16", 512)
+    yield case("aligned", "fp32", 128)
+    yield case("odd", "fp16", 80)
+    yield case("mixed", "fp16", 128, cache="bf16")
+    table = lambda: fastlm.RelativeBias(
+        tensor(32, 16, grad=False), bidirectional=False, max_distance=128
+    )
+    yield case("table", "bf16", 64, bias=table())
+    yield case("every", "bf16", 128, seqlen_q=16, **every())
 
 
 def ffn() -> Iterator[Case]:

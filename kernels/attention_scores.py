@@ -1,0 +1,236 @@
+"""Scores of a tile with every option, for all attention kernels.
+
+    s = softmax_scale * q·k, then softcap * tanh(s / softcap), + bias, - slope * |distance|
+
+and -inf where a mask or a bias of -inf forbids the pair. Not in base 2: a score of 100 would lose
+more to one more rounding than its probability may. What a row may see by its place (causal, window,
+lengths) is an interval of keys, which kernels apply themselves, to the few blocks that it cuts.
+Tiles have either orientation: `rows` and `cols` are [BLOCK_M, 1] and [1, BLOCK_N], or [1, BLOCK_M]
+and [BLOCK_N, 1].
+
+`options` is what the launcher's `option_arguments` gives to every kernel, under the same names:
+None where a call does not use an option, which is then compiled away.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args
+from fastlm.kernels.primitives import relative_bucket, tanh
+
+# Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
+# a mask's and a bias's keys is 1, or 0, mostly; knowing the 1 saves registers.
+OPTIONS_RUNTIME = ["extent", "left", "right", "bottom_right", "seed_ptr", "threshold"]
+OPTIONS_RUNTIME += [f"stride_{x}_{y}" for x in ("mask", "bias") for y in "bhm"] + ["stride_sb"]
+
+
+@triton.jit
+def sequence(batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right):
+    """(first_q, first_k, n_q, n_k, diagonal): where a sequence's tokens start in q and k, how many
+    count, and what is added to a query's index to give the key at distance 0."""
+    first_q = tl.zeros([], tl.int64)
+    first_k = tl.zeros([], tl.int64)
+    n_q = M
+    n_k = N
+    if cu_q_ptr is not None:
+        first_q = tl.load(cu_q_ptr + batch).to(tl.int64)
+        first_k = tl.load(cu_k_ptr + batch).to(tl.int64)
+        n_q = (tl.load(cu_q_ptr + batch + 1) - first_q).to(tl.int32)
+        n_k = tl.minimum((tl.load(cu_k_ptr + batch + 1) - first_k).to(tl.int32), N)
+    if seqlens_k_ptr is not None:
+        n_k = tl.minimum(n_k, tl.load(seqlens_k_ptr + batch).to(tl.int32))
+    return first_q, first_k, tl.minimum(n_q, M), n_k, (n_k - n_q) * bottom_right
+
+
+@triton.jit
+def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options):
+    """(logits, slope): what `q·k` becomes, and its derivative over `scale`.
+
+    Args:
+        s: q·k of the tile, fp32. May be NaN where a mask or a bias forbids the pair.
+        rows: indices of the tile's queries in their sequence.
+        first_col, cols: an index of a key, and those of the tile's keys from there.
+        M, N: masks and biases are read for rows below M and columns below N; others get anything.
+        batch, head: int64.
+        options: a tuple of the first 15 of `option_arguments`.
+
+    Returns:
+        logits: the score, -inf where forbidden by mask, bias or table.
+        slope: 1, or with a softcap the derivative of the cap.
+    """
+    (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+     values_ptr, extent, slopes_ptr, stride_sb, softcap) = options  # fmt: skip
+    slope = 1.0
+    if softcap is not None:
+        t = tanh(s * (scale / softcap))
+        s = t * softcap
+        slope = 1.0 - t * t
+    else:
+        s = s * scale
+    if values_ptr is not None or slopes_ptr is not None:
+        distance = cols - rows + (first_col - diagonal)
+        if slopes_ptr is not None:
+            alibi = tl.load(slopes_ptr + batch * stride_sb + head).to(tl.float32)
+            s -= alibi * tl.abs(distance).to(tl.float32)
+        if values_ptr is not None:
+            values_ptr += head * (2 * extent + 1) + extent
+            bias = tl.load(values_ptr + tl.minimum(tl.maximum(distance, -extent), extent))
+            s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_col * stride_bias_n
+        offsets = rows.to(tl.int64) * stride_bias_m + cols * stride_bias_n
+        bias = tl.load(
+            bias_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=float("-inf")
+        )
+        bias = bias.to(tl.float32)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
+    if mask_ptr is not None:
+        mask_ptr += batch * stride_mask_b + head * stride_mask_h + first_col * stride_mask_n
+        offsets = rows.to(tl.int64) * stride_mask_m + cols * stride_mask_n
+        keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0)
+        s = tl.where(keep != 0, s, float("-inf"))
+    return s, slope
+
+
+@triton.jit
+def zero_rows(x, keep):
+    """x [ROWS, D], and 0, were it NaN, in the rows where int32 keep [ROWS] is 0 rather than 1.
+
+    By bits: Triton's AMD backend cannot move a condition between the layouts of two tiles.
+    """
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) & (0 - keep)[:, None]
+    else:
+        bits = x.to(tl.int16, bitcast=True) & (0 - keep).to(tl.int16)[:, None]
+    return bits.to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """(first, last) key that each row may see by its place; nothing where first > last."""
+    last = tl.zeros_like(rows) + (n_k - 1)
+    if HAS_RIGHT:
+        last = tl.minimum(rows + diagonal + right, last)
+    first = tl.zeros_like(rows)
+    if HAS_LEFT:
+        first = tl.maximum(rows + diagonal - left, first)
+    return first, last
+
+
+@triton.jit
+def key_ranges(first_row, BLOCK_M: tl.constexpr, n_q, n_k, diagonal, left, right,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(begin, full, full_end, low, end): what a tile of rows may see of n_k keys by its place.
+
+    Blocks of keys from `begin` to `full` and from `full_end` to `end` are seen by some rows, those
+    between by all; the first three are multiples of BLOCK_N. Keys below `low`, and from `end` on,
+    are seen by no row of the tile.
+    """
+    n_k = tl.where(first_row < n_q, n_k, 0)
+    last_row = tl.minimum(first_row + BLOCK_M, n_q) - 1
+    end = n_k
+    full_end = n_k
+    if HAS_RIGHT:
+        end = tl.minimum(tl.maximum(last_row + diagonal + right + 1, 0), n_k)
+        full_end = tl.minimum(tl.maximum(first_row + diagonal + right + 1, 0), n_k)
+    begin = 0
+    full = 0
+    low = 0
+    full_end = full_end // BLOCK_N * BLOCK_N
+    if HAS_LEFT:
+        low = tl.maximum(first_row + diagonal - left, 0)
+        begin = low // BLOCK_N * BLOCK_N
+        full = tl.cdiv(tl.maximum(last_row + diagonal - left, 0), BLOCK_N) * BLOCK_N
+        full_end = tl.maximum(full, full_end)
+    return begin, full, full_end, low, end
+
+
+@triton.jit(do_not_specialize=["stride_bucket", "stride_h", "extent"])
+def _relative_values_kernel(
+    table_ptr, values_ptr, stride_bucket: tl.int64, stride_h: tl.int64, extent,
+    STARTS: tl.constexpr, BIDIRECTIONAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bias of every distance from -extent to extent, of one head."""
+    blocks = tl.cdiv(2 * extent + 1, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    bucket = relative_bucket(index - extent, STARTS, BIDIRECTIONAL)
+    mask = index <= 2 * extent
+    x = tl.load(table_ptr + bucket * stride_bucket + head * stride_h, mask=mask, other=0.0)
+    tl.store(values_ptr + head * (2 * extent + 1) + index, x.to(tl.float32), mask=mask)
+
+
+def relative_values(
+    table: torch.Tensor, bidirectional: bool, max_distance: int, extent: int
+) -> torch.Tensor:
+    """The bias of each distance from -extent to extent, fp32 (nheads, 2 extent + 1).
+
+    Args:
+        table: (num_buckets, nheads).
+    """
+    buckets, nheads = table.shape
+    width = 2 * extent + 1
+    values = torch.empty((nheads, width), dtype=torch.float32, device=table.device)
+    _relative_values_kernel[(ceil_div(width, 128) * nheads,)](
+        table, values, *table.stride(), extent,
+        STARTS=bucket_starts(buckets, bidirectional, max_distance),
+        BIDIRECTIONAL=bidirectional,
+        BLOCK=128,
+    )  # fmt: skip
+    return values
+
+
+def option_arguments(
+    lengths: tuple[int, int], mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+    alibi_slopes, seed, causal: str, window_left: int, window_right: int, softcap: float,
+    dropout_p: float, bidirectional: bool, max_distance: int,
+) -> dict:  # fmt: skip
+    """The arguments that every attention kernel takes for its options; None for what is not used.
+
+    Args:
+        lengths: (seqlen_q, seqlen_k), of packed sequences the maxima.
+        mask, bias: four dimensions, 1 or expanded where broadcast.
+    """
+    farthest = sum(lengths)
+    extent = min(max_distance, farthest)
+    values = None
+    if table is not None:
+        values = relative_values(table, bidirectional, max_distance, extent)
+    right = farthest if window_right < 0 else min(window_right, farthest)
+    threshold, dropout_scale = dropout_args(dropout_p)
+    return dict(
+        mask_ptr=None if mask is None else mask.view(torch.uint8),
+        **_strides("mask", mask),
+        bias_ptr=bias,
+        **_strides("bias", bias),
+        values_ptr=values,
+        extent=extent,
+        slopes_ptr=alibi_slopes,
+        stride_sb=alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2
+        else 0,
+        softcap=softcap if softcap > 0.0 else None,
+        cu_q_ptr=cu_seqlens_q,
+        cu_k_ptr=cu_seqlens_k,
+        seqlens_k_ptr=seqlens_k,
+        seed_ptr=seed if dropout_p > 0.0 else None,
+        threshold=threshold,
+        dropout_scale=dropout_scale,
+        left=farthest if window_left < 0 else min(window_left, farthest),
+        right=min(right, 0) if causal != "none" else right,
+        bottom_right=int(causal != "top_left"),
+        HAS_LEFT=window_left >= 0,
+        HAS_RIGHT=window_right >= 0 or causal != "none",
+    )  # fmt: skip
+
+
+def _strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
+    sizes = (1,) * 4 if x is None else x.shape
+    strides = (0,) * 4 if x is None else x.stride()
+    return {
+        f"stride_{name}_{axis}": stride if size > 1 else 0
+        for axis, size, stride in zip("bhmn", sizes, strides, strict=True)
+    }

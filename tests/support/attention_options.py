@@ -1,0 +1,151 @@
+"""Attention calls with any options, small enough for the interpreter: what pairs and fuzzing draw.
+
+A case is a dictionary of plain values, so that a failing one can be read and repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastlm
+from fastlm.ops import _attention_triton
+from fastlm.reference import attention as reference
+from fastlm.reference.relative_bias import RelativeBias
+from fastlm.testing import randn, with_layout
+
+BATCH = 2
+# The first value of each is that of a plain call.
+VALUES = {
+    "causal": [False, True, "top_left"],
+    "window": [None, (3, 0), (None, 2), (20, None), (6, 9)],
+    "mask": [None, "columns", "rows", "heads", "all"],
+    "bias": [None, "number", "columns", "rows", "heads", "all", "forbids"],
+    "relative": [None, "bidirectional", "one way"],
+    "seqlens_k": [False, True],
+    "alibi": [None, "heads", "batch"],
+    "softcap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout_p": [0.0, 0.3],
+    "packed": [False, True],
+    "lengths": [(18, 18), (1, 41), (35, 19), (21, 70)],
+    "heads": [(2, 2), (2, 1), (3, 1)],
+    "headdim": [16, 7, 72],
+    "headdim_v": [None, 24],
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "layout": ["contiguous", "transposed", "last_stride_2", "offset_1"],
+    "lse": [True, False],
+    "frozen": [(), ("q",), ("k", "v"), ("bias", "table", "alibi_slopes", "sinks")],
+}
+# The names by which the triton backend refuses what it does not take yet.
+_REFUSALS = {"relative": "RelativeBias", "alibi": "alibi_slopes", "packed": "cu_seqlens"}
+
+
+def enabled() -> dict[str, list]:
+    """`VALUES`, without what the triton backend refuses."""
+    refused = _attention_triton._MISSING
+    return {n: v[:1] if _REFUSALS.get(n, n) in refused else v for n, v in VALUES.items()}
+
+
+def consistent(case: dict) -> dict:
+    """The case, changed where its options exclude each other or leave every gradient 0."""
+    case = dict(case)
+    if case["bias"] in ("number", "rows", "heads"):
+        case["lse"] = True  # out does not change with them
+    if case["bias"] is not None:
+        case["relative"] = None
+    narrow = case["causal"] == "top_left" or case["window"] or case["seqlens_k"]
+    if case["lengths"][0] == 1 and narrow:  # one key a query has probability 1 and no gradient
+        case["lengths"] = (5, case["lengths"][1])
+    if case["packed"] and case["dtype"] == torch.float32:  # see `specified`
+        case["dtype"] = torch.float16
+    return case
+
+
+def build(case: dict) -> tuple[dict, dict]:
+    """(tensors, options) of a case; `call` takes both."""
+    (m, n), (h, h_k), d = case["lengths"], case["heads"], case["headdim"]
+    dv, dtype = case["headdim_v"] or d, case["dtype"]
+    tensors, options = {}, {"causal": case["causal"], "window": case["window"]}
+    lead_q, lead_k = (BATCH, m), (BATCH, n)
+    if case["packed"]:
+        # A sequence without queries, one without keys, and tokens of no sequence.
+        lengths_q, lengths_k = [m, 0, m // 2 + 1, 3], [n, 4, n // 2 + 1, 0]
+        lead_q, lead_k = (sum(lengths_q) + 2,), (sum(lengths_k) + 1,)
+        cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths_q, lengths_k))
+        options["packing"] = cu_q, cu_k, max(m, 4), max(n, 4)
+        batch, m, n = 4, max(m, 4), max(n, 4)
+    else:
+        batch = BATCH
+    tensors["q"] = randn(*lead_q, h, d, dtype=dtype)
+    tensors["k"] = randn(*lead_k, h_k, d, dtype=dtype, seed=1)
+    tensors["v"] = randn(*lead_k, h_k, dv, dtype=dtype, seed=2)
+    shapes = {
+        "number": (), "columns": (batch, 1, 1, n), "rows": (m, 1), "heads": (h, 1, 1),
+        "all": (batch, h, m, n), "forbids": (1, m, n),
+    }  # fmt: skip
+    if case["bias"] is not None:
+        bias = randn(*shapes[case["bias"]], dtype=dtype, seed=3)
+        if case["bias"] == "forbids":
+            bias = bias.masked_fill(randn(*bias.shape, seed=4) > 0.7, float("-inf"))
+        tensors["bias"] = bias
+    if case["relative"] is not None:
+        tensors["table"] = randn(8, h, dtype=dtype, seed=3)
+        options["bidirectional"] = case["relative"] == "bidirectional"
+    if case["alibi"] is not None:
+        lead = (batch,) if case["alibi"] == "batch" else ()
+        tensors["alibi_slopes"] = randn(*lead, h, dtype=dtype, seed=5, scale=0.3)
+    if case["sinks"]:
+        tensors["sinks"] = randn(h, dtype=dtype, seed=6)
+    if case["mask"] is not None:
+        options["mask"] = randn(*shapes[case["mask"]], seed=7) > -0.8
+    if case["seqlens_k"]:
+        options["seqlens_k"] = torch.tensor([n - n // 4, 0, n + 3, 1][:batch])
+    if case["softcap"] is not None:
+        options["softcap"] = case["softcap"]
+    if case["dropout_p"]:
+        options.update(dropout_p=case["dropout_p"], seed=torch.tensor(-0x1234_5678_9ABC))
+    options["return_lse"] = case["lse"]
+    tensors = {
+        name: with_layout(x, case["layout"]) if x.dim() > 1 else x for name, x in tensors.items()
+    }
+    return tensors, options
+
+
+def call(fn, varlen, q, k, v, *, table=None, bidirectional=None, packing=None, **options):
+    """Calls `fn`, or `varlen` where the sequences are packed."""
+    if table is not None:
+        options["bias"] = RelativeBias(table, bidirectional=bidirectional, max_distance=24)
+    return fn(q, k, v, **options) if packing is None else varlen(q, k, v, *packing, **options)
+
+
+def fused(impl: str = "triton"):
+    """The public functions, for `call`'s arguments."""
+    return lambda **kw: _summed(
+        call(fastlm.attention, fastlm.attention_varlen, **kw, impl=impl), kw["return_lse"]
+    )
+
+
+def specified(**kw):
+    """The reference, for `call`'s arguments.
+
+    Not packed, its probabilities are exp(s - lse) with lse rounded, as in every fused backward: a
+    rounding that softmax does not have, which in fp32 may be most of the error.
+    """
+    result = call(_through_lse, reference.attention_varlen, **kw)
+    return _summed(result, kw["return_lse"])
+
+
+def _through_lse(q, k, v, *, return_lse, **options):
+    lse = reference.attention(q, k, v, **options, return_lse=True)[1]
+    weights = reference.attention_weights(q, k, lse, **options).to(lse.dtype)
+    v = v.transpose(1, 2).repeat_interleave(q.shape[2] // v.shape[2], dim=1).to(lse.dtype)
+    out = (weights @ v).to(q.dtype).transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def _summed(result, return_lse: bool):
+    """With the sum of lse, whose gradient makes those of constant biases more than rounding."""
+    if not return_lse:
+        return result
+    out, lse = result
+    return out, lse, torch.where(lse.isinf(), 0.0, lse).sum()
