@@ -21,14 +21,17 @@ import triton.language as tl
 from fastlm.kernels.attention_dbias import (
     attention_dalibi,
     attention_dbias,
+    attention_delta,
     attention_dsinks,
     attention_dtable,
 )
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
+    Options,
     key_ranges,
     logits,
     option_arguments,
+    probabilities,
     seen_keys,
     sequence,
     zero_rows,
@@ -60,7 +63,7 @@ DELTA_RUNTIME = ["H", "M", *(f"stride_do{y}" for y in "bmh")]
 def _attention_bwd_delta_kernel(
     do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, safe_lse_ptr,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64, H, M,
-    D: tl.constexpr, BASE_2: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, PLAIN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta, and lse in its scores' base, +inf for rows without keys: exp2(s - inf) is then 0."""
@@ -82,18 +85,18 @@ def _attention_bwd_delta_kernel(
     lse = tl.load(lse_ptr + stats, mask=mask, other=0.0)
     dead = lse == float("-inf")
     tl.store(delta_ptr + stats, tl.where(dead, 0.0, delta), mask=mask)
-    if BASE_2:
+    if PLAIN:
         lse *= LOG2_E
     tl.store(safe_lse_ptr + stats, tl.where(dead, float("inf"), lse), mask=mask)
 
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key,
-    last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
+    dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low,
+    first_key, last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
     batch, head,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys [begin, end) contribute to dq / scale of a tile of queries.
@@ -107,13 +110,13 @@ def _add_dq(
         local = tl.arange(0, BLOCK_N)
         cols = start + local
         slope = 1.0
-        if HAS_OPTIONS:
+        if PLAIN:
+            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        else:
             s, slope = logits(
                 s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
             )
-            p = tl.exp2((s - lse[:, None]) * LOG2_E)
-        else:
-            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+            p = probabilities(s, lse[:, None], lse_low[:, None] if lse_low is not None else None)
         if MASKED:
             seen = cols[None, :] <= last_key[:, None]
             if HAS_LEFT:
@@ -136,7 +139,7 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, dq_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -147,9 +150,9 @@ def _attention_bwd_dq_kernel(
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
     stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
     threshold: tl.uint32, dropout_scale, left, right, bottom_right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head. Strides count UNIT elements.
 
@@ -179,13 +182,13 @@ def _attention_bwd_dq_kernel(
         dq_ptr -= batch * M * H * D
         stats += first_q - batch * H * T
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    HAS_OPTIONS: tl.constexpr = (
-        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
-    )
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
     do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
     lse = tl.load(lse_ptr + stats + rows, mask=rows < n_q, other=float("inf"))
+    lse_low = None
+    if lse_low_ptr is not None:
+        lse_low = tl.load(lse_low_ptr + stats + rows, mask=rows < n_q, other=0.0)
     delta = tl.load(delta_ptr + stats + rows, mask=rows < n_q, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, full, full_end, low, end = key_ranges(
@@ -194,21 +197,21 @@ def _attention_bwd_dq_kernel(
     first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
     if HAS_LEFT:
         dq = _add_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
-            tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
+            dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
+            begin, tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
             options, seed_ptr, threshold, dropout_scale, batch, head, D, DV, True, True,
-            HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end,
-        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, dropout_scale, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS,
+        dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full,
+        full_end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, dropout_scale, batch, head, D, DV, False, False, PLAIN, FORBIDS,
         PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end,
-        low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, dropout_scale, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS,
+        dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
+        full_end, end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
+        threshold, dropout_scale, batch, head, D, DV, True, HAS_LEFT, PLAIN, FORBIDS,
         PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq *= scale
@@ -217,11 +220,11 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _add_dk_dv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm, stride_qh, stride_dom, stride_doh,
-    GROUP, M, N, T, begin, count, full, jump, first_row, last_row, first_col, diagonal,
-    scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm, stride_qh,
+    stride_dom, stride_doh, GROUP, M, N, T, begin, count, full, jump, first_row, last_row,
+    first_col, diagonal, scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, FORBIDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -252,18 +255,24 @@ def _add_dk_dv(
             delta = tl.load(delta_ptr + stats)
         if FORBIDS or (MASKED and HAS_RIGHT):
             # Rows that see no key may hold NaN, and 0 * NaN is NaN.
-            q = zero_rows(q, tl.where(lse < float("inf"), 1, 0))
+            alive = tl.where(lse < float("inf"), 1, 0)
+            q = zero_rows(q, alive)
+            do = zero_rows(do, alive)
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 1.0
-        if HAS_OPTIONS:
+        if PLAIN:
+            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        else:
             s, slope = logits(
                 s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
                 M, N, diagonal, scale, batch, head_0 + head, options,
             )  # fmt: skip
-            p = tl.exp2((s - lse[None, :]) * LOG2_E)
-        else:
-            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+            if lse_low_ptr is not None:
+                low = tl.load(lse_low_ptr + stats, mask=rows < M - start, other=0.0)
+                p = probabilities(s, lse[None, :], low[None, :])
+            else:
+                p = probabilities(s, lse[None, :], None)
         if MASKED and HAS_RIGHT:
             p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
         if MASKED and HAS_LEFT:
@@ -289,7 +298,7 @@ def _add_dk_dv(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -300,9 +309,9 @@ def _attention_bwd_dk_dv_kernel(
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
     stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
     threshold: tl.uint32, dropout_scale, left, right, bottom_right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key head, over all query heads of its group.
 
@@ -336,10 +345,9 @@ def _attention_bwd_dk_dv_kernel(
         stored = n_k
     lse_ptr += stats
     delta_ptr += stats
+    if lse_low_ptr is not None:
+        lse_low_ptr += stats
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    HAS_OPTIONS: tl.constexpr = (
-        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
-    )
 
     # Keys that no row sees are not read, nor the last rows if they see no key; they may hold NaN.
     seen = n_k
@@ -376,18 +384,18 @@ def _attention_bwd_dk_dv_kernel(
     full_end = tl.maximum(tl.minimum(full_end, end), full)
     masked = tl.maximum(tl.minimum(full, end) - begin, 0) + tl.maximum(end - full_end, 0)
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
+        stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
         full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
         options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
-        HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qm * UNIT, stride_qh * UNIT,
-        stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
+        stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
         full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
         head, options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
-        HAS_OPTIONS, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk *= scale
     if seqlens_k_ptr is not None:
@@ -400,7 +408,7 @@ def _attention_bwd_dk_dv_kernel(
     store_rows(dv_ptr, first_key, stride * DV, stored, dv, BLOCK_N, DV, BLOCK_DV)
 
 
-def _delta_and_lse(do, out, lse, dlse, base_2):
+def _delta_and_lse(do, out, lse, dlse, plain):
     """rowsum(do * out) - dlse, and lse for `exp2`: fp32 in the shape of lse both."""
     if out.dim() == 3:  # tokens are rows of one sequence here
         do, out = do[None], out[None]
@@ -414,7 +422,7 @@ def _delta_and_lse(do, out, lse, dlse, base_2):
         H=nheads,
         M=seqlen_q,
         D=headdim,
-        BASE_2=base_2,
+        PLAIN=plain,
         UNIT=unit,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
@@ -429,26 +437,9 @@ def attention_bwd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    lse_low: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    table: torch.Tensor | None,
-    seqlens_k: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    causal: str,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    bidirectional: bool,
-    max_distance: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    options: Options,
     need_dq: bool,
     need_dkv: bool,
     need_dbias: bool,
@@ -459,81 +450,83 @@ def attention_bwd(
     """Launches the backward.
 
     Args:
-        do: gradient of out, any strides; q to max_seqlen_k: as in the forward.
-        out, lse: what the forward returned.
+        do: gradient of out, any strides; q, k, v, options: as in the forward.
+        out, lse, lse_low: what the forward returned.
         dlse: gradient of lse, or None.
         need_...: what is not needed is returned with 0 elements.
 
     Returns:
         dq, dk, dv, dbias, dtable, dalibi, dsinks, contiguous, each in its input's dtype and shape.
     """
-    packed = cu_seqlens_q is not None
+    packed = options.cu_seqlens_q is not None
     new = torch.zeros if packed else torch.empty  # tokens of no sequence are written by no program
     dq = new(q.shape if need_dq else (0,), dtype=q.dtype, device=q.device)
     dk = new(k.shape if need_dkv else (0,), dtype=k.dtype, device=q.device)
     dv = new(v.shape if need_dkv else (0,), dtype=v.dtype, device=q.device)
     if do.stride(-1) != 1:  # such as the expanded gradient of a sum
         do = do.contiguous()
-    delta = lse
-    base_2 = mask is None and bias is None and table is None and alibi_slopes is None
-    base_2 = base_2 and softcap == 0.0
-    if out.numel():
-        delta, lse = _delta_and_lse(do, out, lse, dlse, base_2)
     nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
+    lengths = options[-2:] if packed else (q.shape[1], k.shape[1])
+    arguments = option_arguments(lengths, q.dtype, options)
+    delta = lse
+    if out.numel():
+        delta, lse = _delta_and_lse(do, out, lse, dlse, arguments["PLAIN"])
     if packed:
-        batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+        batch = len(options.cu_seqlens_q) - 1
         q, k, v, do = q[None], k[None], v[None], do[None]
     else:
-        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    nheads_k = k.shape[2]
+        batch = q.shape[0]
     unit, strides = aligned_strides(q, k, v, do)
     call = dict(
         H=nheads,
-        GROUP=nheads // nheads_k,
-        M=seqlen_q,
-        N=seqlen_k,
+        GROUP=nheads // k.shape[2],
+        M=lengths[0],
+        N=lengths[1],
         T=lse.shape[-1],
-        scale=softmax_scale,
-        **option_arguments(
-            (seqlen_q, seqlen_k), mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-            alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p,
-            bidirectional, max_distance,
-        ),
+        scale=options.softmax_scale,
+        **arguments,
         D=headdim,
         DV=headdim_v,
         UNIT=unit,
         PRECISION=dot_precision(q.dtype),
         BLOCK_D=max(16, next_power_of_2(headdim)),
         BLOCK_DV=max(16, next_power_of_2(headdim_v)),
-    )  # fmt: skip
-    inputs = (q, k, v, do, lse, delta)
-    widest = max(headdim, headdim_v)
-    read = mask is not None or bias is not None
-    row_bytes = (headdim + headdim_v) * q.element_size()
-    if dq.numel() and batch * seqlen_q:
-        config = attention_config("dq", q.device, widest, q.dtype, unit, read)
-        heads = batch * nheads
-        section = attention_section(q.device, causal, seqlen_k * row_bytes, heads)
-        _attention_bwd_dq_kernel[(ceil_div(seqlen_q, config.block_m) * heads,)](
-            *inputs, dq, *strides, section=section, **call, **config.options()
-        )
-    if dk.numel() and batch * seqlen_k:
-        config = attention_config("dkv", q.device, widest, q.dtype, unit, read)
-        heads = batch * nheads_k
-        head_bytes = call["GROUP"] * seqlen_q * row_bytes
-        section = attention_section(q.device, causal, head_bytes, heads)
-        _attention_bwd_dk_dv_kernel[(ceil_div(seqlen_k, config.block_n) * heads,)](
-            *inputs, dk, dv, *strides, section=section, **call, **config.options()
-        )
-    rest = inputs, strides, batch, call
+    )
+    rest = strides, batch, call
+    if lse_low is not None and (need_dbias or need_dtable or need_dalibi or need_dsinks):
+        delta = attention_delta((q, k, v, do, lse, lse_low, delta), *rest)
+        delta = delta if dlse is None else delta - dlse
+    inputs = (q, k, v, do, lse, lse_low, delta)
+    if dq.numel() and batch * lengths[0]:
+        _launch("dq", inputs, (dq,), strides, batch, call, options)
+    if dk.numel() and batch * lengths[1]:
+        _launch("dkv", inputs, (dk, dv), strides, batch, call, options)
     none = q.new_empty((0,), dtype=torch.float32)
-    buckets = (bidirectional, max_distance)
     return (
         dq,
         dk,
         dv,
-        attention_dbias(bias, *rest) if need_dbias else none,
-        attention_dtable(table, *buckets, *rest) if need_dtable else none.clone(),
-        attention_dalibi(alibi_slopes, *rest) if need_dalibi else none.clone(),
-        attention_dsinks(sinks, lse, delta, base_2) if need_dsinks else none.clone(),
+        attention_dbias(options, dlse, inputs, *rest) if need_dbias else none,
+        attention_dtable(options, inputs, *rest) if need_dtable else none.clone(),
+        attention_dalibi(options.alibi_slopes, inputs, *rest) if need_dalibi else none.clone(),
+        attention_dsinks(options.sinks, lse, lse_low, delta) if need_dsinks else none.clone(),
+    )
+
+
+def _launch(which, inputs, outputs, strides, batch, call, options: Options) -> None:
+    """Runs the kernel of dq, or that of dk and dv."""
+    q, k, v = inputs[:3]
+    widest = max(call["D"], call["DV"])
+    config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.reads_pairs)
+    row_bytes = (call["D"] + call["DV"]) * q.element_size()
+    if which == "dq":
+        kernel, heads, head_bytes = _attention_bwd_dq_kernel, call["H"], call["N"] * row_bytes
+        tiles = ceil_div(call["M"], config.block_m)
+    else:
+        kernel, heads = _attention_bwd_dk_dv_kernel, k.shape[2]
+        head_bytes = call["GROUP"] * call["M"] * row_bytes
+        tiles = ceil_div(call["N"], config.block_n)
+    section = attention_section(q.device, options.causal, head_bytes, batch * heads)
+    kernel[(tiles * batch * heads,)](
+        *inputs, *outputs, *strides, section=section, **call, **config.options()
     )

@@ -6,7 +6,9 @@
 
 Tiles of ds are recomputed and summed in registers: a program goes, in a fixed order, over the
 batches, heads, rows and columns that share its piece of the result. Where that leaves too few
-programs, each takes a part of the pieces' sum, and the parts are added afterwards. Nothing of size
+programs, each takes a part of the pieces' sum, and the parts are added afterwards. A bias that is
+the same for all keys needs no tile: summed over keys, ds is dlse + exp(sink - lse) * delta. For
+gradients in fp32, delta is computed as a sum of such tiles too. Nothing of size
 (batch, nheads, seqlen_q, seqlen_k) is allocated unless the bias has that size itself.
 """
 
@@ -20,7 +22,9 @@ import triton.language as tl
 
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
+    Options,
     logits,
+    probabilities,
     seen_keys,
     sequence,
 )
@@ -31,7 +35,7 @@ from fastlm.kernels.configs import (
     multiprocessors,
     next_power_of_2,
 )
-from fastlm.kernels.primitives import LOG2_E, dropout_keep, load_rows, relative_bucket
+from fastlm.kernels.primitives import dropout_keep, load_rows, relative_bucket
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
 RUNTIME = ["H", "GROUP", "M", "N", "T", *OPTIONS_RUNTIME]
@@ -42,7 +46,7 @@ RUNTIME += [f"stride_{x}{y}" for x in "kv" for y in "bnh"]
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_dbias_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, out_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -55,15 +59,15 @@ def _attention_dbias_kernel(
     threshold: tl.uint32, dropout_scale, left, right, bottom_right,
     KIND: tl.constexpr, NUM_BUCKETS: tl.constexpr, STARTS: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr, REDUCE_M: tl.constexpr, REDUCE_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A piece of the gradient, or of `splits` parts of its sum one: `size` numbers each.
 
     The result has OH heads and kept_m by kept_n tiles; summed are LH heads of each, loops_m by
-    loops_n tiles and the rest of `loops` batches. KIND: "bias", "table" (out is (buckets, OH)) or
-    "alibi" (out is (batch, OH)).
+    loops_n tiles and the rest of `loops` batches. KIND: "bias", "table" (out is (buckets, OH)),
+    "alibi" (out is (batch, OH)), or "delta" (out is (batch, OH, M) or packed).
     """
     split = tl.program_id(0) % splits
     piece = tl.program_id(0) // splits
@@ -111,19 +115,10 @@ def _attention_dbias_kernel(
                 bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
                 values_ptr, extent, slopes_ptr, stride_sb, softcap,
             )  # fmt: skip
-            s, _slope = logits(
-                s,
-                rows[:, None],
-                start,
-                tl.arange(0, BLOCK_N)[None, :],
-                n_q,
-                n_k,
-                diagonal,
-                scale,
-                batch,
-                head,
-                options,
-            )
+            s, _ = logits(
+                s, rows[:, None], start, tl.arange(0, BLOCK_N)[None, :], n_q, n_k, diagonal,
+                scale, batch, head, options,
+            )  # fmt: skip
             lse = tl.load(lse_ptr + stats, mask=rows < n_q, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < n_q, other=0.0)
             do = load_rows(do_at, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
@@ -132,14 +127,19 @@ def _attention_dbias_kernel(
             if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
-            ds = tl.exp2((s - lse[:, None]) * LOG2_E) * (dp - delta[:, None])
+            if lse_low_ptr is not None:
+                low = tl.load(lse_low_ptr + stats, mask=rows < n_q, other=0.0)
+                p = probabilities(s, lse[:, None], low[:, None])
+            else:
+                p = probabilities(s, lse[:, None], None)
+            ds = p * dp if KIND == "delta" else p * (dp - delta[:, None])
             first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
             allowed = (cols[None, :] >= first_key[:, None]) & (cols[None, :] <= last_key[:, None])
             # Pairs that are not allowed, and rows without a key, may hold NaN.
             allowed = allowed & (s != float("-inf")) & (lse < float("inf"))[:, None]
             ds = tl.where(allowed, ds, 0.0)
             distance = cols[None, :] - rows[:, None] - diagonal
-            if KIND == "bias":
+            if KIND == "bias" or KIND == "delta":
                 acc += ds
             elif KIND == "alibi":
                 acc -= ds * tl.abs(distance).to(tl.float32)
@@ -155,6 +155,12 @@ def _attention_dbias_kernel(
     out_head += out_batch * OH
     if KIND == "table":
         tl.store(out_ptr + buckets * OH + out_head, by_bucket, mask=buckets < NUM_BUCKETS)
+    elif KIND == "delta":
+        stats = out_head * T + rows
+        if cu_q_ptr is not None:
+            stats += tl.load(cu_q_ptr + out_batch) - out_batch * OH * T
+            M = tl.load(cu_q_ptr + out_batch + 1) - tl.load(cu_q_ptr + out_batch)
+        tl.store(out_ptr + stats, tl.sum(acc, 1), mask=rows < M)
     elif REDUCE_M and REDUCE_N:
         tl.store(out_ptr + out_head, tl.sum(acc).to(out_ptr.dtype.element_ty))
     elif REDUCE_M:
@@ -193,9 +199,8 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
     loops = loops_m * loops_n * loops_h * loops_b
     pieces = out_b * out_h * kept_m * kept_n
     splits = max(1, min(ceil_div(2 * multiprocessors(q.device), pieces), loops, 64))
-    out = torch.empty(
-        (splits, *result), dtype=torch.float32 if splits > 1 else dtype, device=q.device
-    )
+    new = q.new_zeros if call["cu_q_ptr"] is not None else q.new_empty  # tokens of no sequence
+    out = new((splits, *result), dtype=torch.float32 if splits > 1 else dtype)
     if kind != "table":
         extra = {"NUM_BUCKETS": 1, "STARTS": (), "BIDIRECTIONAL": False, "BLOCK_T": 1}
     _attention_dbias_kernel[(pieces * splits,)](
@@ -219,9 +224,28 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
     return (out.sum(0) if splits > 1 else out[0]).to(dtype)
 
 
-def attention_dbias(bias: torch.Tensor, tensors, strides, batch: int, call: dict) -> torch.Tensor:
+def attention_delta(tensors, strides, batch: int, call: dict) -> torch.Tensor:
+    """sum over keys of p * (keep * do v^T), in the shape of lse.
+
+    The same number as rowsum(do * out), from the very p and products that it is subtracted from
+    again: their errors cancel in sums over keys, and `out` is not rounded first.
+    """
+    lse = tensors[4]
+    shape = (batch, call["H"], call["M"], 1)
+    return _launch("delta", shape, torch.float32, tensors, strides, batch, call, tile=lse.shape)
+
+
+def attention_dbias(options: Options, dlse, tensors, strides, batch: int, call) -> torch.Tensor:
     """The gradient of a bias with four dimensions, of size 1 where broadcast, in its own shape."""
-    return _launch("bias", bias.shape, bias.dtype, tensors, strides, batch, call)
+    bias = options.bias
+    if bias.shape[3] > 1 or options.cu_seqlens_q is not None:
+        return _launch("bias", bias.shape, bias.dtype, tensors, strides, batch, call)
+    # What all keys of a row share moves lse alone, and the share of the sink.
+    lse, lse_low, delta = tensors[4:7]
+    rows = torch.zeros_like(lse) if dlse is None else torch.where(lse == math.inf, 0.0, dlse)
+    if options.sinks is not None:
+        rows = rows + _sink_shares(options.sinks, lse, lse_low) * delta
+    return rows[..., None].sum_to_size(bias.shape).to(bias.dtype)
 
 
 def attention_dalibi(slopes: torch.Tensor, tensors, strides, batch: int, call: dict):
@@ -231,14 +255,13 @@ def attention_dalibi(slopes: torch.Tensor, tensors, strides, batch: int, call: d
     return out.reshape(slopes.shape)
 
 
-def attention_dtable(
-    table: torch.Tensor, bidirectional: bool, max_distance: int, tensors, strides, batch, call
-) -> torch.Tensor:
+def attention_dtable(options: Options, tensors, strides, batch: int, call: dict) -> torch.Tensor:
     """The gradient of a `RelativeBias` table (num_buckets, nheads)."""
+    table, bidirectional = options.table, options.bidirectional
     buckets, nheads = table.shape
     extra = {
         "NUM_BUCKETS": buckets,
-        "STARTS": bucket_starts(buckets, bidirectional, max_distance),
+        "STARTS": bucket_starts(buckets, bidirectional, options.max_distance),
         "BIDIRECTIONAL": bidirectional,
         "BLOCK_T": next_power_of_2(buckets),
     }
@@ -247,14 +270,17 @@ def attention_dtable(
     return _launch("table", shape, table.dtype, tensors, strides, batch, call, extra, tile)
 
 
-def attention_dsinks(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, base_2: bool):
+def attention_dsinks(sinks: torch.Tensor, lse, lse_low, delta) -> torch.Tensor:
     """The gradient of sinks (nheads,).
 
     Args:
-        lse, delta: fp32 (batch, nheads, seqlen_q) or (nheads, tokens), of rows without keys +inf
-            and 0. base_2: lse is in base 2.
+        lse, lse_low, delta: fp32 (batch, nheads, seqlen_q) or (nheads, tokens); for rows without
+            keys lse is +inf and delta 0. lse_low may be None.
     """
-    sinks_in_base = sinks.float()[:, None] * (math.log2(math.e) if base_2 else 1.0)
-    p = (torch.exp2 if base_2 else torch.exp)(sinks_in_base - lse)
     dims = tuple(i for i in range(lse.dim()) if i != lse.dim() - 2)
-    return -(p * delta).sum(dims).to(sinks.dtype)
+    return -(_sink_shares(sinks, lse, lse_low) * delta).sum(dims).to(sinks.dtype)
+
+
+def _sink_shares(sinks, lse, lse_low):
+    exponent = sinks.float()[:, None] - lse
+    return torch.exp(exponent if lse_low is None else exponent - lse_low)

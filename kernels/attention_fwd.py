@@ -2,7 +2,8 @@
 
     s = score(q k^T);  lse = log(sum_keys exp(s) + exp(sink));  out = dropout(exp(s - lse)) v
 
-in base 2: `scale * log2(e)` is folded into one factor, so that exp2 needs no product of its own.
+in base 2 where halves have no other option: `scale * log2(e)` is one factor then, and exp2 needs no
+product of its own.
 Blocks of keys that no row of the tile may see by its place (causal, window, lengths) are skipped,
 those that every row may see are not compared with it. A row that sees no key gives out = 0 and
 lse = -inf. Layout (batch, seqlen, nheads, headdim) or packed (tokens, nheads, headdim), any strides
@@ -21,6 +22,7 @@ import triton.language as tl
 
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
+    Options,
     key_ranges,
     logits,
     option_arguments,
@@ -55,13 +57,13 @@ def _attend(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key, last_key,
     rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_OPTIONS: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries.
 
-    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. Scores and maxima are
-    in base 2, except with options.
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. PLAIN: scores and
+    maxima are in base 2.
     """
     scale_log2 = scale * LOG2_E
     for start in range(begin, end, BLOCK_N):
@@ -70,7 +72,7 @@ def _attend(
         v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
         local = tl.arange(0, BLOCK_N)
         cols = start + local
-        if HAS_OPTIONS:
+        if not PLAIN:
             s, _ = logits(
                 s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
             )
@@ -84,16 +86,16 @@ def _attend(
             if HAS_LEFT:
                 seen = seen & (cols[None, :] >= first_key[:, None])
             s = tl.where(seen, s, float("-inf"))
-        if MASKED or HAS_OPTIONS:
+        if MASKED or not PLAIN:
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # A row that has seen no key yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            if HAS_OPTIONS:
-                p = tl.exp2((s - shift[:, None]) * LOG2_E)
-                alpha = tl.exp2((m_i - shift) * LOG2_E)
-            else:
+            if PLAIN:
                 p = tl.exp2(s - shift[:, None])
                 alpha = tl.exp2(m_i - shift)
+            else:
+                p = tl.exp2((s - shift[:, None]) * LOG2_E)
+                alpha = tl.exp2((m_i - shift) * LOG2_E)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
             p = tl.exp2(s * scale_log2 - m_new[:, None])
@@ -109,7 +111,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lse_low_ptr, sinks_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -119,9 +121,9 @@ def _attention_fwd_kernel(
     stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr,
     stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
     threshold: tl.uint32, dropout_scale, left, right, bottom_right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. Strides count UNIT elements: what they are aligned to.
 
@@ -145,9 +147,6 @@ def _attention_fwd_kernel(
     k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    HAS_OPTIONS: tl.constexpr = (
-        FORBIDS or values_ptr is not None or slopes_ptr is not None or softcap is not None
-    )
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -161,24 +160,24 @@ def _attention_fwd_kernel(
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
             tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
-            options, seed_ptr, threshold, batch, head, D, DV, True, True, HAS_OPTIONS,
+            options, seed_ptr, threshold, batch, head, D, DV, True, True, PLAIN,
             FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
         first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, batch, head, D, DV, False, False, HAS_OPTIONS, FORBIDS, PRECISION,
+        threshold, batch, head, D, DV, False, False, PLAIN, FORBIDS, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end, low,
         first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, batch, head, D, DV, True, HAS_LEFT, HAS_OPTIONS, FORBIDS, PRECISION,
+        threshold, batch, head, D, DV, True, HAS_LEFT, PLAIN, FORBIDS, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dead = m_i == float("-inf")
-    if not HAS_OPTIONS:
+    if PLAIN:
         m_i *= LN_2
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
@@ -192,91 +191,78 @@ def _attention_fwd_kernel(
     inverse = 1.0 / l_i
     if seed_ptr is not None:
         inverse *= dropout_scale
-    out_ptr += ((batch * M + first_q) * H + head) * DV
-    lse_ptr += batch_head.to(tl.int64) * T
+    out = acc * inverse[:, None]
+    first_out = ((batch * M + first_q) * H + head) * DV
+    stats = batch_head.to(tl.int64) * T + rows
     if cu_q_ptr is not None:
-        out_ptr -= batch * M * H * DV
-        lse_ptr += first_q - batch * H * T
+        first_out -= batch * M * H * DV
+        stats += first_q - batch * H * T
     stride_om = H.to(tl.int64) * DV
-    store_rows(out_ptr, first_row, stride_om, n_q, acc * inverse[:, None], BLOCK_M, DV, BLOCK_DV)
-    lse = tl.where(dead, float("-inf"), m_i + tl.log2(l_i) * LN_2)
-    tl.store(lse_ptr + rows, lse, mask=rows < n_q)
+    store_rows(out_ptr + first_out, first_row, stride_om, n_q, out, BLOCK_M, DV, BLOCK_DV)
+    log_sum = tl.log2(l_i) * LN_2
+    lse = m_i + log_sum
+    tl.store(lse_ptr + stats, tl.where(dead, float("-inf"), lse), mask=rows < n_q)
+    if lse_low_ptr is not None:  # what the sum lost; Knuth's two-sum
+        back = lse - m_i
+        low = (m_i - (lse - back)) + (log_sum - back)
+        tl.store(lse_low_ptr + stats, tl.where(dead, 0.0, low), mask=rows < n_q)
 
 
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    table: torch.Tensor | None,
-    seqlens_k: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    causal: str,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    bidirectional: bool,
-    max_distance: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    options: Options,
+    exact: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launches the forward.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), last stride 1, as are
         k, v: (batch, seqlen_k, nheads_k, ...); nheads is a multiple of nheads_k. With cu_seqlens,
             all three have tokens in the place of batch and seqlen.
-        causal: "none", "top_left" or "bottom_right".
-        The rest: as `fastlm::attention_fwd` says; max_seqlen_q and max_seqlen_k are those of packed
-            sequences, and otherwise ignored.
+        exact: gives the last result.
 
     Returns:
         out, contiguous, as q but with the head dim of v; lse, fp32 (batch, nheads, seqlen_q) or
-        (nheads, tokens_q), natural logarithm.
+        (nheads, tokens_q), natural logarithm; lse_low, what lse lost to rounding, without which
+        exp(score - lse) has fewer digits than a probability in fp32.
     """
-    packed = cu_seqlens_q is not None
+    packed = options.cu_seqlens_q is not None
     nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
     shape = (*q.shape[:-1], headdim_v)
     if packed:  # tokens of no sequence are written by no program
-        batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
-        out = torch.zeros(shape, dtype=q.dtype, device=q.device)
-        lse = torch.full((nheads, q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
+        batch, seqlen_q, seqlen_k = len(options.cu_seqlens_q) - 1, *options[-2:]
+        out = q.new_zeros(shape)
+        lse = q.new_full((nheads, q.shape[0]), -math.inf, dtype=torch.float32)
         q, k, v = q[None], k[None], v[None]
     else:
         batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-        out = torch.empty(shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+        out = q.new_empty(shape)
+        lse = q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32)
+    lse_low = (torch.zeros_like if packed else torch.empty_like)(lse) if exact else None
+    results = out, lse, lse_low
     if out.numel() == 0 or batch * seqlen_q == 0:
-        return out, lse
+        return results
+    softmax_scale = options.softmax_scale
     if softmax_scale < 0:  # the running maximum assumes a scale that keeps the order
         q, softmax_scale = -q, -softmax_scale
     unit, strides = aligned_strides(q, k, v)
-    options = option_arguments(
-        (seqlen_q, seqlen_k), mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-        alibi_slopes, seed, causal, window_left, window_right, softcap, dropout_p, bidirectional,
-        max_distance,
-    )  # fmt: skip
-    read = mask is not None or bias is not None
-    config = attention_config("fwd", q.device, max(headdim, headdim_v), q.dtype, unit, read)
+    config = attention_config(
+        "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.reads_pairs
+    )
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()
     _attention_fwd_kernel[(tiles * batch * nheads,)](
-        q, k, v, out, lse, sinks, *strides,
+        q, k, v, out, lse, lse_low, options.sinks, *strides,
         H=nheads,
         GROUP=nheads // k.shape[2],
         M=seqlen_q,
         N=seqlen_k,
         T=lse.shape[-1],
-        section=attention_section(q.device, causal, head_bytes, batch * nheads),
+        section=attention_section(q.device, options.causal, head_bytes, batch * nheads),
         scale=softmax_scale,
-        **options,
+        **option_arguments((seqlen_q, seqlen_k), q.dtype, options),
         D=headdim,
         DV=headdim_v,
         UNIT=unit,
@@ -285,4 +271,4 @@ def attention_fwd(
         BLOCK_DV=max(16, next_power_of_2(headdim_v)),
         **config.options(),
     )  # fmt: skip
-    return out, lse
+    return results

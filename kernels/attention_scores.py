@@ -3,28 +3,61 @@
     s = softmax_scale * q·k, then softcap * tanh(s / softcap), + bias, - slope * |distance|
 
 and -inf where a mask or a bias of -inf forbids the pair. Not in base 2: a score of 100 would lose
-more to one more rounding than its probability may. What a row may see by its place (causal, window,
-lengths) is an interval of keys, which kernels apply themselves, to the few blocks that it cuts.
+more to one more rounding than its probability in fp32 may. What a row may see by its place (causal,
+window, lengths) is an interval of keys, which kernels apply themselves, to the few blocks that it
+cuts.
 Tiles have either orientation: `rows` and `cols` are [BLOCK_M, 1] and [1, BLOCK_N], or [1, BLOCK_M]
 and [BLOCK_N, 1].
 
 `options` is what the launcher's `option_arguments` gives to every kernel, under the same names:
-None where a call does not use an option, which is then compiled away.
+None where a call does not use an option, which is then compiled away. PLAIN calls use none of these
+and have half precision; kernels keep their scores in base 2 and do not call `logits`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args
-from fastlm.kernels.primitives import relative_bucket, tanh
+from fastlm.kernels.primitives import LOG2_E, relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
 # a mask's and a bias's keys is 1, or 0, mostly; knowing the 1 saves registers.
 OPTIONS_RUNTIME = ["extent", "left", "right", "bottom_right", "seed_ptr", "threshold"]
 OPTIONS_RUNTIME += [f"stride_{x}_{y}" for x in ("mask", "bias") for y in "bhm"] + ["stride_sb"]
+
+
+class Options(NamedTuple):
+    """The options of a call, as `fastlm::attention_fwd` describes them; the defaults: none."""
+
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    causal: str = "none"
+    softmax_scale: float = 1.0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    bidirectional: bool = False
+    max_distance: int = 0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+    @property
+    def reads_pairs(self) -> bool:
+        """A number is read from memory for each pair, in tiles beside those of the scores."""
+        return self.mask is not None or self.bias is not None
 
 
 @triton.jit
@@ -94,6 +127,15 @@ def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options
         keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0)
         s = tl.where(keep != 0, s, float("-inf"))
     return s, slope
+
+
+@triton.jit
+def probabilities(s, lse, lse_low):
+    """exp(s - lse) of scores with options; lse_low is what lse lost to rounding, or None."""
+    if lse_low is not None:
+        return tl.exp2((s - lse - lse_low) * LOG2_E)
+    else:
+        return tl.exp2((s - lse) * LOG2_E)
 
 
 @triton.jit
@@ -184,24 +226,26 @@ def relative_values(
     return values
 
 
-def option_arguments(
-    lengths: tuple[int, int], mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-    alibi_slopes, seed, causal: str, window_left: int, window_right: int, softcap: float,
-    dropout_p: float, bidirectional: bool, max_distance: int,
-) -> dict:  # fmt: skip
+def option_arguments(lengths: tuple[int, int], dtype: torch.dtype, options: Options) -> dict:
     """The arguments that every attention kernel takes for its options; None for what is not used.
 
     Args:
         lengths: (seqlen_q, seqlen_k), of packed sequences the maxima.
-        mask, bias: four dimensions, 1 or expanded where broadcast.
+        dtype: of q, k and v.
     """
+    mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed = options[
+        :9
+    ]
+    causal, softcap, dropout_p = options.causal, options.softcap, options.dropout_p
+    window_left, window_right = options.window_left, options.window_right
     farthest = sum(lengths)
-    extent = min(max_distance, farthest)
+    extent = min(options.max_distance, farthest)
     values = None
     if table is not None:
-        values = relative_values(table, bidirectional, max_distance, extent)
+        values = relative_values(table, options.bidirectional, options.max_distance, extent)
     right = farthest if window_right < 0 else min(window_right, farthest)
     threshold, dropout_scale = dropout_args(dropout_p)
+    scored = (mask, bias, table, alibi_slopes, sinks)
     return dict(
         mask_ptr=None if mask is None else mask.view(torch.uint8),
         **_strides("mask", mask),
@@ -224,6 +268,7 @@ def option_arguments(
         bottom_right=int(causal != "top_left"),
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=window_right >= 0 or causal != "none",
+        PLAIN=dtype != torch.float32 and softcap == 0.0 and all(x is None for x in scored),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from attention_cases import PAIRS, SINGLES, case, run
 
 import fastlm
-from fastlm.ops import _attention_torch, _attention_triton
+from fastlm.ops import _attention_torch
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 from fastlm.shapes import ATTENTION_LARGE, ATTENTION_SMALL
@@ -466,29 +466,9 @@ def test_attention_errors(change, message):
 
 
 WIDE = {name: torch.ones(1, 2, 1, 600) for name in "qkv"}
-MISSING = {
-    "window": ({"window": (1, 1)}, "window"),
-    "mask": ({"mask": BOOL}, "mask"),
-    "bias": ({"bias": torch.ones(24)}, "bias"),
-    "RelativeBias": (
-        {"bias": RelativeBias(TABLE, bidirectional=True, max_distance=9)},
-        "RelativeBias",
-    ),
-    "seqlens_k": ({"seqlens_k": torch.ones(1, dtype=torch.int32)}, "seqlens_k"),
-    "alibi_slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
-    "softcap": ({"softcap": 1.0}, "softcap"),
-    "sinks": ({"sinks": torch.ones(2)}, "sinks"),
-    "dropout_p": ({"dropout_p": 0.5}, "dropout_p > 0"),
-    "headdim_v": ({"v": torch.ones(1, 24, 1, 8)}, "headdim_v = 8 with headdim = 7"),
-}
 REFUSED = [
     ({"q": torch.ones(1, 20, 2, 7).double()}, "computes in fp32 and does not take torch.float64"),
     (WIDE, "does not take headdim above "),
-    *(
-        (change, f"does not take {what} yet")
-        for name, (change, what) in MISSING.items()
-        if name in _attention_triton._MISSING
-    ),
 ]
 
 

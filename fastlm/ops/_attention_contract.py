@@ -25,11 +25,12 @@ from fastlm.ops._library import contract
 def _attention_fwd_fake(
     q, k, v, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
     causal, softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional,
-    max_distance, max_seqlen_q, max_seqlen_k,
+    max_distance, max_seqlen_q, max_seqlen_k, exact,
 ):  # fmt: skip
     stats = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(stats, dtype=torch.float32)
+    fp32 = lambda shape: q.new_empty(shape, dtype=torch.float32)
+    return out, fp32(stats), fp32(stats if exact else (0,))
 
 
 @contract(_attention_fwd_fake)
@@ -56,19 +57,26 @@ def attention_fwd(
     max_distance: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), both contiguous, lse in fp32."""
-    from fastlm.kernels import attention_fwd as kernels
+    exact: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, lse_low), contiguous, the last two in fp32.
 
-    return kernels.attention_fwd(
-        q, k, v, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
-        seed, causal, softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional,
-        max_distance, max_seqlen_q, max_seqlen_k,
+    lse_low is what lse lost to rounding, for gradients in fp32; unless `exact`, it has shape (0,).
+    """
+    from fastlm.kernels.attention_fwd import attention_fwd as launch
+    from fastlm.kernels.attention_scores import Options
+
+    options = Options(
+        mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, causal,
+        softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional, max_distance,
+        max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+    out, lse, lse_low = launch(q, k, v, options, exact)
+    return out, lse, lse.new_empty((0,)) if lse_low is None else lse_low
 
 
 def _attention_bwd_fake(
-    do, q, k, v, out, lse, dlse, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+    do, q, k, v, out, lse, lse_low, dlse, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
     alibi_slopes, sinks, seed, causal, softmax_scale, window_left, window_right, softcap, dropout_p,
     bidirectional, max_distance, max_seqlen_q, max_seqlen_k, need_dq, need_dkv, need_dbias,
     need_dtable, need_dalibi, need_dsinks,
@@ -95,6 +103,7 @@ def attention_bwd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    lse_low: torch.Tensor | None,
     dlse: torch.Tensor | None,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -132,14 +141,18 @@ def attention_bwd(
 ]:
     """(dq, dk, dv, dbias, dtable, dalibi, dsinks), contiguous, each in its input's shape and dtype.
 
-    What is not needed has shape (0,); of the last four, also dtype fp32. dlse is the gradient of
-    lse.
+    What is not needed has shape (0,); of the last four, also dtype fp32. lse_low is None where no
+    gradient is in fp32; dlse is the gradient of lse.
     """
-    from fastlm.kernels import attention_bwd as kernels
+    from fastlm.kernels.attention_bwd import attention_bwd as launch
+    from fastlm.kernels.attention_scores import Options
 
-    return kernels.attention_bwd(
-        do, q, k, v, out, lse, dlse, mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-        alibi_slopes, sinks, seed, causal, softmax_scale, window_left, window_right, softcap,
-        dropout_p, bidirectional, max_distance, max_seqlen_q, max_seqlen_k, need_dq, need_dkv,
-        need_dbias, need_dtable, need_dalibi, need_dsinks,
+    options = Options(
+        mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, causal,
+        softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional, max_distance,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
+    return launch(
+        do, q, k, v, out, lse, lse_low, dlse, options, need_dq, need_dkv, need_dbias, need_dtable,
+        need_dalibi, need_dsinks,
     )  # fmt: skip

@@ -13,8 +13,6 @@ from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What the kernels do not take yet.
-_MISSING: tuple[str, ...] = ()
 
 
 def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
@@ -23,23 +21,9 @@ def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
         return f"computes in fp32 and does not take {q.dtype}"
     if in_transform():
         return "does not run under torch.func.vmap and forward-mode differentiation"
-    headdim, headdim_v = q.shape[-1], v.shape[-1]
-    widest = 256 if "headdim" in _MISSING else 512
-    if max(headdim, headdim_v) > widest:
-        return f"does not take headdim above {widest}, here {max(headdim, headdim_v)}"
-    if "headdim_v" in _MISSING and headdim_v != headdim:
-        return f"does not take headdim_v = {headdim_v} with headdim = {headdim} yet"
-    if "cu_seqlens" in _MISSING and packing is not None:
-        return "does not take cu_seqlens yet"
-    for name in _MISSING:
-        value = options.get("bias" if name == "RelativeBias" else name)
-        if name in ("bias", "RelativeBias"):
-            value = value if isinstance(value, RelativeBias) == (name != "bias") else None
-        if name == "dropout_p":
-            if value > 0.0:
-                return "does not take dropout_p > 0 yet"
-        elif value is not None:
-            return f"does not take {name} yet"
+    headdim = max(q.shape[-1], v.shape[-1])
+    if headdim > 512:
+        return f"does not take headdim above 512, here {headdim}"
     return None
 
 
@@ -71,37 +55,44 @@ def attention(q, k, v, options: dict, packing: tuple | None = None):
         0.0 if softcap is None else float(softcap), float(options["dropout_p"]), bidirectional,
         max_distance, *lengths,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, *tensors)
-    ):
-        out, lse = _Attention.apply(q, k, v, *tensors, scalars)
+    learned = (q, k, v, bias, table, options["alibi_slopes"], options["sinks"])
+    learned = [x for x in learned if x is not None and x.requires_grad]
+    if torch.is_grad_enabled() and learned:
+        exact = any(x.dtype == torch.float32 for x in learned)
+        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact)
     else:
-        out, lse = attention_fwd(q, k, v, *tensors, *scalars)
+        out, lse, _ = attention_fwd(q, k, v, *tensors, *scalars, False)
     return (out, lse) if options["return_lse"] else out
 
 
 class _Attention(torch.autograd.Function):
-    """(q, k, v, the nine optional tensors, scalars) -> (out, lse), both differentiable."""
+    """(q, k, v, the nine optional tensors, scalars, exact) -> what `attention_fwd` returns.
+
+    Differentiable are out and lse. exact: a gradient is in fp32, and wants what lse lost to
+    rounding.
+    """
 
     @staticmethod
     def forward(*inputs):
-        *tensors, scalars = inputs
-        return attention_fwd(*tensors, *scalars)
+        *tensors, scalars, exact = inputs
+        return attention_fwd(*tensors, *scalars, exact)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scalars = inputs
+        *tensors, ctx.scalars, exact = inputs
+        out, lse, lse_low = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(lse_low)
+        ctx.save_for_backward(*tensors, out, lse, lse_low if exact else None)
 
     @staticmethod
-    def backward(ctx, do, dlse):
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx, do, dlse, _):
+        *tensors, out, lse, lse_low = ctx.saved_tensors
         need_q, need_k, need_v, _, need_bias, need_table, *_ = ctx.needs_input_grad
         need_alibi, need_sinks = ctx.needs_input_grad[9:11]
         needs = (need_q, need_k or need_v, need_bias, need_table, need_alibi, need_sinks)
         do = torch.zeros_like(out) if do is None else last_stride_1(do)
-        inputs = (do, dlse, *tensors, out, lse, ctx.scalars, needs)
+        inputs = (do, dlse, *tensors, out, lse, lse_low, ctx.scalars, needs)
         # create_graph=True: the gradients get gradients. The compiler has no second derivatives.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         grads = _AttentionGrad.apply(*inputs) if twice else _AttentionGrad.forward(*inputs)
@@ -109,7 +100,7 @@ class _Attention(torch.autograd.Function):
         return (
             dq if need_q else None, dk if need_k else None, dv if need_v else None, None,
             dbias if need_bias else None, dtable if need_table else None, None, None, None,
-            dalibi if need_alibi else None, dsinks if need_sinks else None, None, None,
+            dalibi if need_alibi else None, dsinks if need_sinks else None, None, None, None,
         )  # fmt: skip
 
 
@@ -118,19 +109,18 @@ class _AttentionGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(do, dlse, *inputs):
-        *tensors, out, lse, scalars, needs = inputs
-        q, k, v, *optional = tensors
-        return attention_bwd(do, q, k, v, out, lse, dlse, *optional, *scalars, *needs)
+        q, k, v, *optional, out, lse, lse_low, scalars, needs = inputs
+        return attention_bwd(do, q, k, v, out, lse, lse_low, dlse, *optional, *scalars, *needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, _, ctx.scalars, ctx.needs = inputs
+        *tensors, _, _, _, ctx.scalars, ctx.needs = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *incoming):
-        return *_second_gradients(ctx, incoming), None, None, None, None
+        return *_second_gradients(ctx, incoming), None, None, None, None, None
 
 
 def _second_gradients(ctx, incoming) -> list[torch.Tensor | None]:

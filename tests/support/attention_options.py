@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 import fastlm
-from fastlm.ops import _attention_triton
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 from fastlm.testing import randn, with_layout
@@ -32,18 +31,11 @@ VALUES = {
     "headdim": [16, 7, 72],
     "headdim_v": [None, 24],
     "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "parameters": [None, torch.float32],
     "layout": ["contiguous", "transposed", "last_stride_2", "offset_1"],
     "lse": [True, False],
     "frozen": [(), ("q",), ("k", "v"), ("bias", "table", "alibi_slopes", "sinks")],
 }
-# The names by which the triton backend refuses what it does not take yet.
-_REFUSALS = {"relative": "RelativeBias", "alibi": "alibi_slopes", "packed": "cu_seqlens"}
-
-
-def enabled() -> dict[str, list]:
-    """`VALUES`, without what the triton backend refuses."""
-    refused = _attention_triton._MISSING
-    return {n: v[:1] if _REFUSALS.get(n, n) in refused else v for n, v in VALUES.items()}
 
 
 def consistent(case: dict) -> dict:
@@ -56,8 +48,6 @@ def consistent(case: dict) -> dict:
     narrow = case["causal"] == "top_left" or case["window"] or case["seqlens_k"]
     if case["lengths"][0] == 1 and narrow:  # one key a query has probability 1 and no gradient
         case["lengths"] = (5, case["lengths"][1])
-    if case["packed"] and case["dtype"] == torch.float32:  # see `specified`
-        case["dtype"] = torch.float16
     return case
 
 
@@ -65,6 +55,7 @@ def build(case: dict) -> tuple[dict, dict]:
     """(tensors, options) of a case; `call` takes both."""
     (m, n), (h, h_k), d = case["lengths"], case["heads"], case["headdim"]
     dv, dtype = case["headdim_v"] or d, case["dtype"]
+    parameters = case["parameters"] or dtype  # of what is learned
     tensors, options = {}, {"causal": case["causal"], "window": case["window"]}
     lead_q, lead_k = (BATCH, m), (BATCH, n)
     if case["packed"]:
@@ -84,18 +75,18 @@ def build(case: dict) -> tuple[dict, dict]:
         "all": (batch, h, m, n), "forbids": (1, m, n),
     }  # fmt: skip
     if case["bias"] is not None:
-        bias = randn(*shapes[case["bias"]], dtype=dtype, seed=3)
+        bias = randn(*shapes[case["bias"]], dtype=parameters, seed=3)
         if case["bias"] == "forbids":
             bias = bias.masked_fill(randn(*bias.shape, seed=4) > 0.7, float("-inf"))
         tensors["bias"] = bias
     if case["relative"] is not None:
-        tensors["table"] = randn(8, h, dtype=dtype, seed=3)
+        tensors["table"] = randn(8, h, dtype=parameters, seed=3)
         options["bidirectional"] = case["relative"] == "bidirectional"
     if case["alibi"] is not None:
         lead = (batch,) if case["alibi"] == "batch" else ()
-        tensors["alibi_slopes"] = randn(*lead, h, dtype=dtype, seed=5, scale=0.3)
+        tensors["alibi_slopes"] = randn(*lead, h, dtype=parameters, seed=5, scale=0.3)
     if case["sinks"]:
-        tensors["sinks"] = randn(h, dtype=dtype, seed=6)
+        tensors["sinks"] = randn(h, dtype=parameters, seed=6)
     if case["mask"] is not None:
         options["mask"] = randn(*shapes[case["mask"]], seed=7) > -0.8
     if case["seqlens_k"]:
@@ -126,21 +117,9 @@ def fused(impl: str = "triton"):
 
 
 def specified(**kw):
-    """The reference, for `call`'s arguments.
-
-    Not packed, its probabilities are exp(s - lse) with lse rounded, as in every fused backward: a
-    rounding that softmax does not have, which in fp32 may be most of the error.
-    """
-    result = call(_through_lse, reference.attention_varlen, **kw)
+    """The reference, for `call`'s arguments."""
+    result = call(reference.attention, reference.attention_varlen, **kw)
     return _summed(result, kw["return_lse"])
-
-
-def _through_lse(q, k, v, *, return_lse, **options):
-    lse = reference.attention(q, k, v, **options, return_lse=True)[1]
-    weights = reference.attention_weights(q, k, lse, **options).to(lse.dtype)
-    v = v.transpose(1, 2).repeat_interleave(q.shape[2] // v.shape[2], dim=1).to(lse.dtype)
-    out = (weights @ v).to(q.dtype).transpose(1, 2)
-    return (out, lse) if return_lse else out
 
 
 def _summed(result, return_lse: bool):
