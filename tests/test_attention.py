@@ -367,14 +367,40 @@ def test_attention_compiles_once_for_all_lengths():
 
 def test_attention_opcheck(device):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in small(device).values())
-    for causal in ("none", "top_left", "bottom_right"):
-        scalars = (causal, 0.3, -1, -1, 0.0, 0.0, False, 0, 20, 24)
-        args = (q, k, v, *[None] * 9, *scalars)
+    nothing = [None] * 9
+    for causal, exact in (("none", False), ("top_left", False), ("bottom_right", True)):
+        args = (q, k, v, *nothing, *scalars(causal), exact)
         torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, args)
-        out, lse = torch.ops.fastlm.attention_fwd(*args)
+        out, lse, lse_low = torch.ops.fastlm.attention_fwd(*args)
     for dlse, need_dq, need_dkv in ((lse, True, True), (None, True, False), (None, False, True)):
         needs = (need_dq, need_dkv, False, False, False, False)
-        args = (out, q, k, v, out, lse, dlse, *[None] * 9, *scalars, *needs)
+        args = (out, q, k, v, out, lse, lse_low, dlse, *nothing, *scalars("none"), *needs)
+        torch.library.opcheck(torch.ops.fastlm.attention_bwd.default, args)
+
+
+def scalars(causal):
+    return (causal, 0.3, -1, -1, 0.0, 0.0, True, 24, 20, 24)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_opcheck_with_options(packed, device):
+    q, k, v = small(device).values()
+    number = lambda *values: torch.tensor(values, device=device, dtype=torch.int32)
+    cu_q = cu_k = None
+    if packed:
+        q, k, v, cu_q, cu_k = q[0], k[0], v[0], number(0, 12, 20), number(0, 20, 24)
+    batch = 2 if packed else 1
+    mask = torch.ones(batch, 1, 1, 24, dtype=torch.bool, device=device)
+    bias, table = (randn(*s, device=device) for s in ((1, 2, 1, 24), (8, 2)))
+    vector = randn(2, device=device)
+    seed = torch.tensor(7, device=device)
+    for added in ((bias, None), (None, table)):
+        options = (mask, *added, number(*[9] * batch), cu_q, cu_k, vector, vector, seed)
+        args = (q, k, v, *options, *scalars("none"), True)
+        torch.library.opcheck(torch.ops.fastlm.attention_fwd.default, args)
+        out, lse, lse_low = torch.ops.fastlm.attention_fwd(*args)
+        needs = (True, True, added[0] is not None, added[1] is not None, True, True)
+        args = (out, q, k, v, out, lse, lse_low, lse, *options, *scalars("none"), *needs)
         torch.library.opcheck(torch.ops.fastlm.attention_bwd.default, args)
 
 

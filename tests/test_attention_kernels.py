@@ -31,7 +31,7 @@ class Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, softmax_scale):
         ctx.options = Options(causal=causal, softmax_scale=softmax_scale)
-        out, lse, lse_low, _ = fwd.attention_fwd(q, k, v, ctx.options, q.dtype == torch.float32)
+        out, lse, lse_low = fwd.attention_fwd(q, k, v, ctx.options, q.dtype == torch.float32)
         ctx.save_for_backward(q, k, v, out, lse, lse_low)
         return out, lse
 
@@ -76,7 +76,7 @@ def launch(inputs, do, dlse=None, causal="bottom_right"):
     """out, lse, dq, dk, dv, without autograd, which might change layouts."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     options = Options(causal=causal, softmax_scale=SCALE)
-    out, lse, lse_low, _ = fwd.attention_fwd(q, k, v, options, q.dtype == torch.float32)
+    out, lse, lse_low = fwd.attention_fwd(q, k, v, options, q.dtype == torch.float32)
     return out, lse, *backward(do, q, k, v, out, lse, lse_low, dlse, options)
 
 
@@ -187,7 +187,7 @@ def test_kernels_unneeded_gradients(device):
     inputs = qkv(20, 20, device=device)
     q, k, v = inputs.values()
     options = Options(softmax_scale=SCALE)
-    out, lse, lse_low, _ = fwd.attention_fwd(q, k, v, options, True)
+    out, lse, lse_low = fwd.attention_fwd(q, k, v, options, True)
     call = (torch.ones_like(out), q, k, v, out, lse, lse_low, None, options)
     expected = backward(*call)
     dq, *rest = backward(*call, need_dkv=False)
