@@ -248,9 +248,9 @@ def option_arguments(lengths: tuple[int, int], dtype: torch.dtype, options: Opti
     scored = (mask, bias, table, alibi_slopes, sinks)
     return dict(
         mask_ptr=None if mask is None else mask.view(torch.uint8),
-        **_strides("mask", mask),
+        **_strides("mask", mask, lengths[1]),
         bias_ptr=bias,
-        **_strides("bias", bias),
+        **_strides("bias", bias, lengths[1]),
         values_ptr=values,
         extent=extent,
         slopes_ptr=alibi_slopes,
@@ -272,10 +272,10 @@ def option_arguments(lengths: tuple[int, int], dtype: torch.dtype, options: Opti
     )  # fmt: skip
 
 
-def _strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
-    sizes = (1,) * 4 if x is None else x.shape
-    strides = (0,) * 4 if x is None else x.stride()
-    return {
-        f"stride_{name}_{axis}": stride if size > 1 else 0
-        for axis, size, stride in zip("bhmn", sizes, strides, strict=True)
-    }
+def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int]:
+    strides = [0] * 4
+    if x is not None:
+        strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
+        if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
+            strides[3] = 1
+    return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))
