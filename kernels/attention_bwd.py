@@ -426,6 +426,7 @@ def _delta_and_lse(do, out, lse, dlse, plain):
         UNIT=unit,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return delta, safe_lse
 

@@ -274,6 +274,7 @@ def attention_decode_append(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=1,
+        enable_fp_fusion=True,
         debug=True,  # keeps the assertion
     )  # fmt: skip
 
@@ -377,6 +378,7 @@ def attention_decode_fwd(
             DV=headdim_v,
             BLOCK_R=block_r,
             BLOCK_DV=blocks_d[1],
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 

@@ -222,6 +222,7 @@ def relative_values(
         STARTS=bucket_starts(buckets, bidirectional, max_distance),
         BIDIRECTIONAL=bidirectional,
         BLOCK=128,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return values
 

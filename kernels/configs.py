@@ -1,7 +1,8 @@
 """Launch configurations as data: frozen dataclasses in tables keyed by (target, head dim or width).
 
 No `@triton.autotune`: it cannot run without a GPU, it stalls first calls, and it makes numerics
-depend on timing. `benchmarks/tune.py` prints rows for these tables.
+depend on timing. `benchmarks/tune.py` prints rows for these tables. Every launch asks for fused
+multiply-adds by name, since Triton's default changes in 3.10.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class AttentionConfig:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
         }
 
 
