@@ -131,7 +131,7 @@ def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
 
         best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
         name, key, width = place(part, device, headdim, dtype)
-        # Where a mask or a bias is read, `attention_config` takes half of the table's tiles.
+        # Where options take registers, `attention_config` takes smaller tiles than the table's.
         halved = " after halving" if {"bias", "mask"} & set(case.tensors) else ""
         lines += [
             f"{name} {key} head dims up to {width}{halved}: {astuple(r.config)}"

@@ -518,7 +518,7 @@ def _launch(which, inputs, outputs, strides, batch, call, options: Options) -> N
     """Runs the kernel of dq, or that of dk and dv."""
     q, k, v = inputs[:3]
     widest = max(call["D"], call["DV"])
-    config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.reads_pairs)
+    config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.burden)
     row_bytes = (call["D"] + call["DV"]) * q.element_size()
     if which == "dq":
         kernel, heads, head_bytes = _attention_bwd_dq_kernel, call["H"], call["N"] * row_bytes

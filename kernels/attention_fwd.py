@@ -249,7 +249,7 @@ def attention_fwd(
         q, softmax_scale = -q, -softmax_scale
     unit, strides = aligned_strides(q, k, v)
     config = attention_config(
-        "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.reads_pairs
+        "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.burden
     )
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()

@@ -55,9 +55,15 @@ class Options(NamedTuple):
     max_seqlen_k: int = 0
 
     @property
-    def reads_pairs(self) -> bool:
-        """A number is read from memory for each pair, in tiles beside those of the scores."""
-        return self.mask is not None or self.bias is not None
+    def burden(self) -> int:
+        """What the options take of a multiprocessor beside the scores, for `attention_config`.
+
+        2 for a number that is read or drawn for each pair, in a tile of its own; 1 for others.
+        """
+        pairs = (self.mask is not None, self.bias is not None, self.dropout_p > 0.0)
+        others = (self.table, self.alibi_slopes, self.sinks)
+        light = [x is not None for x in others] + [self.window_left >= 0, self.softcap > 0.0]
+        return 2 * sum(pairs) + sum(light)
 
 
 @triton.jit

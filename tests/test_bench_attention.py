@@ -243,7 +243,7 @@ def test_tune_names_the_place_that_attention_config_reads(headdim, target, monke
     for part, dtype in itertools.product(tune.PARTS, (torch.bfloat16, torch.float32)):
         name, key, width = tune.place(part, CPU, headdim, dtype)
         row = configs._ATTENTION[name][key][(32, 64, 128, 256, 512).index(width)]
-        assert row == astuple(configs.attention_config(part, CPU, headdim, dtype, 8, False))
+        assert row == astuple(configs.attention_config(part, CPU, headdim, dtype, 8, 0))
 
 
 def interpreted(make, *call):
