@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield from norm()
     yield from attention()
     yield from attention_options()
+    yield from attention_weights()
     yield from attention_decode()
     yield from ffn()
     yield from loss()
@@ -116,6 +117,21 @@ def attention_options() -> Iterator[Case]:
     yield case("columns", "bf16", 128, bias=tensor(2, 1, 1, 1024))
     yield case("table", "bf16", 64, bias=relative)
     yield case("alibi", "fp32", 64, causal=True, alibi_slopes=tensor(16))
+
+
+def attention_weights() -> Iterator[Case]:
+    def case(label, dtype, headdim, *targets, nheads_k=16, **options):
+        def run():
+            q = tensor(2, 1024, 16, headdim, dtype=DTYPES[dtype])
+            k = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
+            forward_backward(fastlm.attention_weights, q, k, tensor(2, 16, 1024), **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-weights-{label}", run, targets)
+
+    yield case("aligned", "bf16", 64)
+    yield case("aligned-causal-gqa", "bf16", 128, nheads_k=4, causal=True)
+    yield case("plain", "fp32", 64, "sm_90", "gfx942")
+    yield case("options-columns", "bf16", 128, "sm_80", "sm_90", bias=tensor(2, 1, 1, 1024))
 
 
 def attention_decode() -> Iterator[Case]:
