@@ -65,6 +65,23 @@ def _gradient_of_weights(
         return tl.dot(do, tl.trans(v), input_precision=PRECISION)
 
 
+@triton.jit
+def _store_reduced(ptr, head, rows, cols, M, N, x, REDUCE_M: tl.constexpr, REDUCE_N: tl.constexpr):
+    """Stores the sum of a tile of M x N over what is reduced, of one of the heads at `ptr`."""
+    if REDUCE_M and REDUCE_N:
+        tl.store(ptr + head, tl.sum(x).to(ptr.dtype.element_ty))
+    elif REDUCE_M:
+        out = tl.sum(x, 0).to(ptr.dtype.element_ty)
+        tl.store(ptr + head * N + cols, out, mask=cols < N)
+    elif REDUCE_N:
+        out = tl.sum(x, 1).to(ptr.dtype.element_ty)
+        tl.store(ptr + head * M + rows, out, mask=rows < M)
+    else:
+        offsets = (head * M + rows)[:, None] * N + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_dbias_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, out_ptr,
@@ -184,18 +201,8 @@ def _attention_dbias_kernel(
             stats += tl.load(cu_q_ptr + out_batch) - out_batch * OH * T
             M = tl.load(cu_q_ptr + out_batch + 1) - tl.load(cu_q_ptr + out_batch)
         tl.store(out_ptr + stats, tl.sum(acc, 1), mask=rows < M)
-    elif REDUCE_M and REDUCE_N:
-        tl.store(out_ptr + out_head, tl.sum(acc).to(out_ptr.dtype.element_ty))
-    elif REDUCE_M:
-        out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_head * N + cols, out, mask=cols < N)
-    elif REDUCE_N:
-        out = tl.sum(acc, 1).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_head * M + rows, out, mask=rows < M)
     else:
-        offsets = (out_head * M + rows)[:, None] * N + cols[None, :]
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        _store_reduced(out_ptr, out_head, rows, cols, M, N, acc, REDUCE_M, REDUCE_N)
 
 
 def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=None):

@@ -344,6 +344,7 @@ from triton import knobs
 from fastlm.kernels.attention_bwd import attention_bwd
 from fastlm.kernels.attention_fwd import attention_fwd
 from fastlm.kernels.attention_scores import Options
+from fastlm.kernels.attention_weights import attention_weights_bwd, attention_weights_fwd
 
 keys = collections.defaultdict(set)
 def note(*, key, fn, **_):
@@ -355,16 +356,20 @@ lengths = (1, 2, 16, 17, 1024, 2**22)
 for batch, nheads, m, n in itertools.product((1, 3), (1, 8), lengths, lengths):
     q, k, v = new(batch, m, nheads, 64), new(batch, n, 1, 64), new(batch, n, 1, 64)
     lse = torch.empty(batch, nheads, m, device="meta")
+    dw = new(batch, nheads, m, n)
     for causal in ("none", "top_left", "bottom_right"):
         options = Options(causal=causal, softmax_scale=0.1)
         attention_fwd(q, k, v, options, False)
         attention_bwd(q, q, k, v, q, lse, None, None, options, True, True, *[False] * 4)
+        attention_weights_fwd(q, k, lse, options)
+        attention_weights_bwd(dw, q, k, lse, options, True, True, *[False] * 3)
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 
 
 def test_kernels_variants():
-    """One binary a kernel and mask for all lengths, heads and batches, not one for each."""
+    """One binary a kernel and mask for all lengths, heads and batches, not one for each; of the
+    weights' two, for rows that start at multiples of 16 bytes, and for others."""
     support = Path(__file__).parent / "support"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -380,6 +385,9 @@ def test_kernels_variants():
         "attention_bwd_delta_kernel": 1,
         "attention_bwd_dq_kernel": 2,
         "attention_bwd_dk_dv_kernel": 2,
+        "attention_weights_fwd_kernel": 4,
+        "attention_weights_bwd_dq_kernel": 4,
+        "attention_weights_bwd_dk_kernel": 4,
     }
 
 
