@@ -75,6 +75,15 @@ def test_weights_pairs_of_options(case, device):
         check_against_reference(weights, specified, tensors, frozen=case["frozen"], **options)
 
 
+def test_weights_of_two_groups(device):
+    """Several key heads, each of several query heads, which the pairs do not have."""
+    q, k = randn(1, 5, 4, 8, device=device), randn(1, 6, 2, 8, device=device, seed=1)
+    lse = reference.attention(q, k, k, return_lse=True)[1]
+    bias = randn(4, 1, 6, device=device, seed=2)
+    tensors = {"q": q, "k": k, "lse": lse, "bias": bias}
+    check_against_reference(weights, specified, tensors)
+
+
 def test_weights_layouts_of_incoming_gradients(device):
     tensors, options = moved(EVERYTHING, device)
     w = weights(**tensors, **options)
