@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -158,7 +158,7 @@ _ATTENTION = {
             (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
         ),
         ("half", "dkv"): (
-            (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
+            (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
         ),
         ("tf32", "fwd"): (
             (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
@@ -233,6 +233,24 @@ _ATTENTION = {
         ),
     },
 }  # fmt: skip
+# (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
+# halves: no spills of any one option up to burden 3.
+_BURDENED = {
+    ("sm_80", "fwd"): {2: ((64, 32, 8, 2), (64, 32, 8, 2))},
+    ("sm_80", "dq"): {2: ((128, 32, 8, 2), (64, 64, 8, 2)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
+    ("sm_80", "dkv"): {2: ((32, 32, 4, 2), (32, 64, 8, 2)), 4: ((32, 32, 4, 2), (16, 64, 8, 2))},
+    ("sm_90", "fwd"): {
+        1: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        2: ((128, 64, 8, 3), (128, 32, 8, 3)),
+        4: ((128, 32, 8, 2), (128, 16, 8, 2)),
+    },
+    ("sm_90", "dq"): {2: ((128, 64, 8, 3), (128, 32, 8, 3)), 4: ((128, 32, 8, 2), (128, 16, 8, 2))},
+    ("sm_90", "dkv"): {
+        1: ((64, 128, 8, 3), (32, 128, 8, 2)),
+        2: ((64, 128, 8, 3), (16, 128, 8, 2)),
+        4: ((16, 128, 8, 2), (16, 128, 8, 2)),
+    },
+}  # fmt: skip
 # The interpreter: small, and wider than high and higher than wide.
 _ATTENTION_CPU = {
     "fwd": AttentionConfig(32, 16, 4, 1),
@@ -264,25 +282,14 @@ def attention_config(
     m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
     if which == "dbias":
         return AttentionConfig(m, max(n // 2, 16), warps, 1)
-    return _lighter(AttentionConfig(m, n, warps, stages), which, headdim, burden)
-
-
-def _lighter(config: AttentionConfig, which: str, headdim: int, burden: int) -> AttentionConfig:
-    """Smaller tiles where options take registers and shared memory, found by compiling."""
-    m, n, warps, stages = astuple(config)
-    halvings = 0
-    if burden > 0 and which == "fwd":
-        n = min(n, 64)
-    if burden > 0 and which == "dkv" and headdim > 64:
-        stages = min(stages, 2)
-    if burden > 1:
-        halvings = int(headdim > 64)
-    if burden > 3:
-        halvings, stages = halvings + 1, min(stages, 2)
-    if which == "dkv":
-        m = max(m >> halvings, 16)
-    else:
-        n = max(n >> halvings, 16)
+    if arithmetic == "half" and headdim <= 128 and (name, which) in _BURDENED:
+        fitting = [row for least, row in _BURDENED[name, which].items() if least <= burden]
+        if fitting:
+            return AttentionConfig(*fitting[-1][headdim > 64])
+    elif burden > 1 and which == "dkv":
+        m, stages = max(m // 2, 16), min(stages, 2)
+    elif burden > 1:
+        n, stages = max(n // 2, 16), min(stages, 2)
     return AttentionConfig(m, n, warps, stages)
 
 
