@@ -125,8 +125,7 @@ def test_weights_second_derivatives(case, device):
         return first
 
     tensors, options = moved({**case, "lengths": (4, 5), "dtype": torch.bfloat16}, device)
-    # A query without a key has lse -inf, whose difference quotient in fp64 is not a number.
-    tensors["lse"] = tensors["lse"].detach().clamp(min=-30.0)
+    assert tensors["lse"].isinf().any()  # queries without a key
     check_against_reference(gradients(weights), gradients(specified), tensors, options=options)
 
 
