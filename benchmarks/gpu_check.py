@@ -155,6 +155,7 @@ def smallest(device: str = "cuda") -> None:
     cu_q, cu_k = (torch.tensor(x, device=device) for x in ([0, 0, 19], [0, 5, 70]))
     packed = (q[0], k[0], v[0], cu_q.int(), cu_k.int(), 19, 65)
     both(fastlm.attention_varlen, *packed, bias=table, **options)
+    both(fastlm.attention_weights, q, k, torch.ones(1, 2, 19, device=device), bias=table)
     with torch.no_grad():
         new = {"k_new": t(1, 2, 1, 128), "v_new": t(1, 2, 1, 128)}
         fastlm.attention_decode(

@@ -145,23 +145,6 @@ def store_pairs(ptr, first_row, first_col, stride, M, N, x, UNIT: tl.constexpr,
 
 
 @triton.jit
-def key_range(first_row, BLOCK_M: tl.constexpr, M, N, diagonal,
-              IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """(full, end): what a tile of query rows may see of N keys.
-
-    Keys below `full`, a multiple of BLOCK_N, are seen by every row; keys from `end` on by none.
-    Causal means that row i sees keys up to `i + diagonal`.
-    """
-    if not IS_CAUSAL:
-        return N // BLOCK_N * BLOCK_N, N
-    else:
-        last_row = tl.minimum(first_row + BLOCK_M, M) - 1
-        end = tl.minimum(tl.maximum(last_row + diagonal + 1, 0), N)
-        full = tl.minimum(tl.maximum(first_row + diagonal + 1, 0), N)
-        return full // BLOCK_N * BLOCK_N, end
-
-
-@triton.jit
 def tanh(z):
     """tanh in fp32, to a few units in the last place for small z too."""
     e = tl.exp(-2.0 * tl.abs(z))

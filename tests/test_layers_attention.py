@@ -117,11 +117,11 @@ def test_attention_layer_impl(weights, causal, impl):
 
 
 def test_attention_layer_impl_refuses():
-    layer = MultiheadAttention(8, 2, impl="triton")
-    x = randn(5, 2, 8)
-    message = "attention: impl='triton' does not take mask yet; use impl='torch'"
+    layer = MultiheadAttention(8, 2, impl="triton", dtype=torch.float64)
+    x = randn(5, 2, 8, dtype=torch.float64)
+    message = "attention: impl='triton' computes in fp32 and does not take torch.float64"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
-        layer(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
+        layer(x, x, x)
 
 
 def test_attention_layer_projects_once():
