@@ -136,10 +136,11 @@ def test_encoder_layer_in_the_interpreter(norm_first):
 
 
 def test_decoder_layer_in_the_interpreter():
+    """With enough tokens that the reference is not right by luck, which halves the bound."""
     check_modules(
         TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True, impl="triton"),
         randomize(nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True)),
-        {"tgt": randn(1, 3, 8), "memory": randn(1, 5, 8, seed=1)},
+        {"tgt": randn(2, 13, 8), "memory": randn(2, 17, 8, seed=1)},
     )
 
 
