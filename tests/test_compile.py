@@ -82,9 +82,10 @@ def test_compile_reports_a_broken_kernel(tmp_path):
         "@triton.jit\n"
         "def _bad_kernel(x_ptr, N: tl.constexpr):\n"
         "    tl.store(x_ptr + tl.arange(0, N), undefined)\n"
+        "fused = {'enable_fp_fusion': True}\n"
         "def cases():\n"
         "    for fn in (_bad_kernel, _good_kernel):\n"
-        "        yield Case(fn.__name__, lambda fn=fn: fn[(1,)](tensor(64), N=64))\n"
+        "        yield Case(fn.__name__, lambda fn=fn: fn[(1,)](tensor(64), N=64, **fused))\n"
         "    yield Case('nothing', lambda: None)\n"
     )
     rows, errors = compile_gate.compile_target("sm_90", f"--script={script}")
