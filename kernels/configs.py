@@ -104,12 +104,17 @@ def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Tiles of `block_m` queries and `block_n` keys."""
+    """Tiles of `block_m` queries and `block_n` keys.
+
+    tma: blocks that need no mask are loaded by the copy engine, through tensor descriptors, if the
+    tensors' alignment allows it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -231,6 +236,9 @@ _ATTENTION = {
         ),
     },
 }  # fmt: skip
+# (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of most
+# attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
+_TMA = {("sm_90", "half")}
 # The interpreter: small, and wider than high and higher than wide.
 _ATTENTION_CPU = {
     "fwd": AttentionConfig(32, 16, 4, 1),
@@ -263,7 +271,7 @@ def attention_config(
         m, stages = max(m // 2, 16), min(stages, 2)
     if read and which != "dkv":
         n, stages = max(n // 2, 16), min(stages, 2)
-    return AttentionConfig(m, n, warps, stages)
+    return AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.
