@@ -3,81 +3,129 @@
 `python benchmarks/<operator>.py` measures fastlm's backends, torch, and the peers that are
 installed, on a GPU with the shapes that papers use, on a CPU with small ones. Every provider is
 checked against the oracle before it is timed, and rows go to `benchmarks/results/<operator>.csv`.
-The formulas of work are in `fastlm.bench.cases`.
+What cannot make a call is named with its reason. At the end stand fastlm's ratios to every peer.
+The formulas of work are in `fastlm.bench.cases` and `fastlm.bench.attention`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastlm.bench.cases import CASES, Case, Fn
+from fastlm.bench.case import Case, Fn
+from fastlm.bench.cases import CASES
 from fastlm.bench.results import append_csv, table
-from fastlm.bench.run import directions_of, run_case
+from fastlm.bench.run import OUT_OF_MEMORY, directions_of, run_case
+from fastlm.bench.summary import against_peers, against_plain
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Makes the function that a library has for a case; None where it has none. ImportError: missing.
-Peer = Callable[[Case], Fn | None]
+# Makes the function that a library has for a case. NotImplementedError: why it has none;
+# ImportError: it is not installed.
+Peer = Callable[[Case], Fn]
+# Names of cases, and what makes each.
+Grid = Callable[[torch.device, torch.dtype], Iterable[tuple[str, Callable[[], Case]]]]
 
 
-def torch_compile(case: Case) -> Fn:
-    """torch's own functions under torch.compile, specialised to the case's shapes."""
-    torch._dynamo.reset()
-    return torch.compile(case.providers["torch"], dynamic=False)
+def torch_compile(case: Case, fn: Fn | None = None) -> Fn:
+    """torch's own functions, or `fn`, under torch.compile, specialised to the case's shapes."""
+    torch._dynamo.reset()  # or the limit of recompilations would make later cases eager
+    # A backward pass that is timed by itself runs more than once.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(fn or case.providers["torch"], dynamic=False)
 
 
-def main(op: str, doc: str, peers: Mapping[str, Peer]) -> int:
+def main(
+    op: str, doc: str, peers: Mapping[str, Peer], grid: Grid | None = None, seconds: float = 0.5
+) -> int:
     """Runs a script; returns its exit code: 1 if a provider of fastlm failed its check."""
+    args = _arguments(op, doc)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    cases = grid(device, dtype) if grid else _made(CASES[op](device, dtype, False))
+    rows, failed, missing = [], [], set()
+    for name, make in cases:
+        if not all(part in name for part in args.shape):
+            continue
+        case, refused = with_peers(make(), peers, args.provider, missing), []
+        new = run_case(
+            case, directions=directions_of(op, quick=False), seconds=seconds,
+            failed=lambda *why, refused=refused: refused.append(why),
+        )  # fmt: skip
+        append_csv(args.csv, new)
+        rows += new
+        print(table(new) or case.shape)
+        for provider, why in (*case.unavailable.items(), *refused):
+            print(f"  {provider} refused: {why}")
+        print(flush=True)
+        failed += [(provider, f"{case.shape}: {why}") for provider, why in refused]
+        del case, make
+        gc.collect()  # gigabytes, before the next case takes as many
+    _report(rows, missing, failed)
+    return int(any(_wrong(provider, why) for provider, why in failed))
+
+
+def _arguments(op: str, doc: str) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
-    parser.add_argument("--shape", default="", help="only shapes whose name contains this")
+    parser.add_argument("--shape", nargs="+", default=[], help="only names that contain all these")
     parser.add_argument("--provider", nargs="+", help="only these, and torch")
     parser.add_argument("--csv", type=Path, default=RESULTS / f"{op}.csv", help="appended to")
-    args = parser.parse_args()
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    device, failed, missing = torch.device(args.device), [], set()
-    for case in CASES[op](device, DTYPES[args.dtype], False):
-        if args.shape in case.shape:
-            case = with_peers(case, peers, args.provider, missing)
-            tell = lambda provider, why, case=case: failed.append(
-                (provider, f"{case.shape}: {why}")
-            )
-            rows = run_case(
-                case, directions=directions_of(op, quick=False), seconds=0.5, failed=tell
-            )
-            append_csv(args.csv, rows)
-            print(table(rows), end="\n\n", flush=True)
+    return parser.parse_args()
+
+
+def _made(cases: Iterable[Case]) -> Iterable[tuple[str, Callable[[], Case]]]:
+    for case in cases:
+        yield case.shape, lambda case=case: case
+
+
+def _wrong(provider: str, why: str) -> bool:
+    """Whether fastlm is at fault: its torch backend may hold all scores, and run out of memory."""
+    return provider.startswith("fastlm") and not (
+        provider == "fastlm-torch" and OUT_OF_MEMORY in why
+    )
+
+
+def _report(rows, missing, failed) -> None:
+    for title, lines in (
+        ("Times of peers over fastlm's: geometric mean, worst", against_peers(rows)),
+        ("fastlm's options over its own plain call", against_plain(rows)),
+    ):
+        if lines:
+            print(title, *lines, "", sep="\n", flush=True)
     for peer in sorted(missing):
         print(f"not installed: {peer}", file=sys.stderr)
     for provider, why in failed:
-        print(f"not timed: {provider} on {why}", file=sys.stderr)
-    return int(any(provider.startswith("fastlm") for provider, _ in failed))
+        if provider.startswith("fastlm"):  # the peers' stand beside their cases
+            print(f"not timed: {provider} on {why}", file=sys.stderr)
 
 
 def with_peers(
     case: Case, peers: Mapping[str, Peer], wanted: list[str] | None, missing: set[str]
 ) -> Case:
-    """The case with the peers that are installed and know it; adds the others to `missing`."""
-    providers = dict(case.providers)
+    """The case with the peers that are installed and know it, and why others do not; adds those
+    that are not installed to `missing`."""
+    providers, unavailable = dict(case.providers), dict(case.unavailable)
     for name, peer in peers.items():
         if wanted is not None and name not in wanted:
             continue
         try:
-            fn = peer(case)
+            providers[name] = peer(case)
         except ImportError as error:
             missing.add(f"{name} ({error})")
-            continue
-        if fn is not None:
-            providers[name] = fn
+        except Exception as error:  # of any library: it must not end the others' measurement
+            unavailable[name] = str(error) or type(error).__name__
     if wanted is not None:
         providers = {n: fn for n, fn in providers.items() if n in wanted or n == "torch"}
-    return replace(case, providers=providers)
+        unavailable = {n: why for n, why in unavailable.items() if n in wanted}
+    undropped = case.undropped and with_peers(case.undropped, peers, wanted, missing)
+    return replace(case, providers=providers, unavailable=unavailable, undropped=undropped)

@@ -149,6 +149,17 @@ def smallest(device: str = "cuda") -> None:
     for headdim in (17, 64, 128):
         q, k, v = t(1, 19, 2, headdim), t(1, 70, 1, headdim), t(1, 70, 1, headdim)
         both(fastlm.attention, q, k, v, causal=True)
+    options = {"sinks": t(2), "dropout_p": 0.5, "seed": 1, "window": (30, 20)}
+    both(fastlm.attention, q, k, v, bias=t(2, 19, 70), alibi_slopes=t(2), **options)
+    table = fastlm.RelativeBias(t(32, 2), bidirectional=True, max_distance=128)
+    cu_q, cu_k = (torch.tensor(x, device=device) for x in ([0, 0, 19], [0, 5, 70]))
+    packed = (q[0], k[0], v[0], cu_q.int(), cu_k.int(), 19, 65)
+    both(fastlm.attention_varlen, *packed, bias=table, **options)
+    with torch.no_grad():
+        new = {"k_new": t(1, 2, 1, 128), "v_new": t(1, 2, 1, 128)}
+        fastlm.attention_decode(
+            q[:, :2], k, v, torch.tensor([60], device=device), impl="triton", **new
+        )
     both(fastlm.bias_act, t(3, 33), t(33), activation="gelu", dropout_p=0.5, seed=1)
     both(fastlm.glu, t(3, 33), t(3, 33))
     both(fastlm.ffn, t(3, 32), t(65, 32), t(65), t(32, 65), t(32), dropout_p=0.5, seed=1)

@@ -1,10 +1,13 @@
 """Sweeps launch configurations on a GPU and prints the row for `kernels/configs.py`.
 
-    python benchmarks/tune.py attention --part fwd --headdim 128
+    python benchmarks/tune.py attention --part fwd dq dkv --headdim 64 128
+    python benchmarks/tune.py decode --headdim 128 --group 4
     python benchmarks/tune.py rows --op layer_norm --cols 4096
 
-Every candidate is compiled, checked against the oracle and timed on the pass that it belongs to.
-What does not fit the device, or fails the check, is left out and counted.
+An attention's row is its place in `_ATTENTION` and the tuple for it; decoding has a rule,
+`decode_config`, and what is printed is what that rule should give. Every candidate is compiled,
+checked against the oracle and timed on the pass that it belongs to. What does not fit the device,
+or fails the check, is left out and counted.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import importlib
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from fastlm import shapes
-from fastlm.bench.cases import CASES, Case, attention_case
+from fastlm.bench.attention import VARIANTS, attention_case, decode_case
+from fastlm.bench.case import Case
+from fastlm.bench.cases import CASES
+from fastlm.bench.machine import describe
 from fastlm.bench.run import run_case
 from fastlm.kernels.configs import (
     AttentionConfig,
@@ -70,6 +76,11 @@ def row_candidates(cols: int) -> Iterator[RowConfig]:
             yield RowConfig(m, n, warps)
 
 
+def decode_candidates() -> Iterator[tuple[int, int, int, int]]:
+    """(block_n, num_warps, num_stages, splits); the rows of a tile follow from the call."""
+    yield from itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8, 16, 32, 64))
+
+
 @contextlib.contextmanager
 def patched(module: str, name: str, make) -> Iterator[None]:
     """Within it, a launcher's module finds `make(original)` under the name of a config function."""
@@ -108,20 +119,64 @@ def sweep(case: Case, direction: str, module: str, name: str, choose, candidates
 
 
 def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
-    module, direction = PARTS[args.part]
-    heads = max(1, 2048 // args.headdim)
-    batch = max(1, 16384 // args.seqlen)
-    shape = shapes.AttentionShape(batch, args.seqlen, args.seqlen, heads, heads, args.headdim)
-    case = attention_case("tune", shape, args.variant, device, dtype)
+    lines = []
+    for part, headdim in itertools.product(args.part, args.headdim):
+        module, direction = PARTS[part]
+        heads, batch = max(1, 2048 // headdim), max(1, 16384 // args.seqlen)
+        shape = shapes.AttentionShape(batch, args.seqlen, args.seqlen, heads, heads, headdim)
+        case = attention_case("tune", shape, args.variant, device, dtype)
 
-    def choose(original, config):
-        return lambda which, *rest: config if which == args.part else original(which, *rest)
+        def choose(original, config, part=part):
+            return lambda which, *rest: config if which == part else original(which, *rest)
 
-    best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
+        best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
+        name, key, width = place(part, device, headdim, dtype)
+        # Where options take registers, `attention_config` takes smaller tiles than the table's.
+        halved = " after halving" if {"bias", "mask"} & set(case.tensors) else ""
+        lines += [
+            f"{name} {key} head dims up to {width}{halved}: {astuple(r.config)}"
+            f"  {_source(r, device)}"
+            for r in best[:3]
+        ]
+    return lines
+
+
+def place(
+    part: str, device: torch.device, headdim: int, dtype: torch.dtype
+) -> tuple[str, tuple[str, str], int]:
+    """Where `attention_config` looks for aligned tensors: target, (arithmetic, pass), width."""
+    name = target(device)
     arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
-    width = max(next_power_of_2(args.headdim), 32)
-    place = f'{target(device)} ("{arithmetic}", "{args.part}") head dims up to {width}'
-    return [f"{place}: {astuple(r.config)}  {_source(r, device)}" for r in best[:3]]
+    if name == "gfx942" and arithmetic == "tf32":
+        arithmetic = "ieee"
+    return name, (arithmetic, part), max(next_power_of_2(headdim), 32)
+
+
+def tune_decode(args, device: torch.device, dtype: torch.dtype) -> list[str]:
+    lines = []
+    for headdim in args.headdim:
+        heads = max(1, 2048 // headdim)
+        shape = shapes.AttentionShape(
+            args.batch, 1, args.seqlen, heads, max(1, heads // args.group), headdim
+        )
+        case = decode_case("tune", shape, "decode", device, dtype)
+
+        def choose(original, candidate):
+            block_n, warps, stages, splits = candidate
+            return lambda *call: (
+                replace(original(*call)[0], block_n=block_n, num_warps=warps, num_stages=stages),
+                splits,
+            )
+
+        best = sweep(
+            case, "forward", "attention_decode", "decode_config", choose, decode_candidates()
+        )
+        lines += [
+            f"{target(device)} decode_config of {case.shape}: (block_n, num_warps, num_stages, "
+            f"splits) = {r.config}  {_source(r, device)}"
+            for r in best[:3]
+        ]
+    return lines
 
 
 def tune_rows(args, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -143,8 +198,7 @@ def _cols(case: Case) -> int:
 def _source(result: Result, device: torch.device) -> str:
     """Where a row of the table comes from."""
     today = datetime.date.today().isoformat()
-    name = torch.cuda.get_device_name(device)
-    return f"# {name}, {today}: {result.rate:.4g} {result.unit}"
+    return f"# {describe(device).device}, {today}: {result.rate:.4g} {result.unit}"
 
 
 def main() -> int:
@@ -153,22 +207,27 @@ def main() -> int:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     attention = kinds.add_parser("attention")
-    attention.add_argument("--part", choices=PARTS, default="fwd")
-    attention.add_argument("--headdim", type=int, default=128)
+    attention.add_argument("--part", nargs="+", choices=PARTS, default=["fwd"])
     attention.add_argument("--seqlen", type=int, default=4096)
-    attention.add_argument("--variant", choices=("full", "causal", "bias"), default="full")
+    attention.add_argument("--variant", choices=VARIANTS, default="full")
+    decode = kinds.add_parser("decode")
+    decode.add_argument("--seqlen", type=int, default=32768)
+    decode.add_argument("--batch", type=int, default=4)
+    decode.add_argument("--group", type=int, default=1, help="heads that share a key head")
+    for kind in (attention, decode):
+        kind.add_argument("--headdim", nargs="+", type=int, default=[128])
     rows = kinds.add_parser("rows")
     rows.add_argument("--op", choices=ROW_OPS, default="layer_norm")
     rows.add_argument("--part", choices=("fwd", "bwd"), default="fwd")
     rows.add_argument("--cols", type=int, default=4096)
-    for kind in (attention, rows):
+    for kind in (attention, decode, rows):
         kind.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune: a GPU is needed, and torch finds none", file=sys.stderr)
         return 2
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    tune = tune_attention if args.kind == "attention" else tune_rows
+    tune = {"attention": tune_attention, "decode": tune_decode, "rows": tune_rows}[args.kind]
     best = tune(args, torch.device("cuda", torch.cuda.current_device()), dtype)
     print("\nfor kernels/configs.py, fastest first:", *(best or ["nothing passed"]), sep="\n")
     return 0 if best else 1

@@ -109,6 +109,15 @@ ATTENTION_LARGE = {
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
 }
 
+# New queries to a cache: every head with keys of its own, and groups of four.
+ATTENTION_DECODE = {
+    "headdim_64_keys_32k": AttentionShape(4, 1, 32768, 32, 32, 64),
+    "headdim_128_keys_32k": AttentionShape(4, 1, 32768, 16, 16, 128),
+    "headdim_256_keys_32k": AttentionShape(4, 1, 32768, 8, 8, 256),
+    "gqa_keys_32k": AttentionShape(8, 1, 32768, 32, 8, 128),
+    "gqa_one_sequence_keys_32k": AttentionShape(1, 1, 32768, 32, 8, 128),
+}
+
 # `CPU` shapes are what benchmarks time where there is no GPU: milliseconds on two cores.
 NORM_CPU = {"bert_base": NormShape(2048, 768), "llama_1b": NormShape(1024, 2048)}
 
@@ -120,3 +129,5 @@ ATTENTION_CPU = {
     "bert_base": AttentionShape(4, 128, 128, 12, 12, 64),
     "gqa_512": AttentionShape(1, 512, 512, 8, 2, 64),
 }
+
+ATTENTION_DECODE_CPU = {"gqa_keys_4k": AttentionShape(2, 1, 4096, 8, 2, 64)}

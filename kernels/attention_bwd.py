@@ -447,6 +447,7 @@ def _delta_and_lse(do, out, lse, dlse, plain):
         UNIT=unit,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return delta, safe_lse
 
@@ -538,7 +539,7 @@ def _launch(which, inputs, outputs, strides, batch, call, options: Options) -> N
     """Runs the kernel of dq, or that of dk and dv."""
     q, k, v, do, *stats = inputs
     widest = max(call["D"], call["DV"])
-    config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.reads_pairs)
+    config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.burden)
     row_bytes = (call["D"] + call["DV"]) * q.element_size()
     if which == "dq":
         kernel, heads, head_bytes = _attention_bwd_dq_kernel, call["H"], call["N"] * row_bytes

@@ -191,7 +191,7 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
     if size * batch * seqlen_q * seqlen_k == 0:
         return torch.zeros(result, dtype=dtype, device=q.device)
     widest = max(call["D"], call["DV"])
-    config = attention_config("dq", q.device, widest, q.dtype, call["UNIT"], True)
+    config = attention_config("dbias", q.device, widest, q.dtype, call["UNIT"], 0)
     tiles_m, tiles_n = ceil_div(seqlen_q, config.block_m), ceil_div(seqlen_k, config.block_n)
     kept_m, kept_n = (tiles_m if out_m > 1 else 1), (tiles_n if out_n > 1 else 1)
     loops_m, loops_n = tiles_m // kept_m, tiles_n // kept_n
@@ -215,8 +215,8 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
         splits=splits,
         size=size,
         KIND=kind,
-        REDUCE_M=out_m == 1,
-        REDUCE_N=out_n == 1,
+        REDUCE_M=out_m == 1 and (seqlen_q > 1 or kind != "bias"),
+        REDUCE_N=out_n == 1 and (seqlen_k > 1 or kind != "bias"),
         **extra,
         **call,
         **config.options(),

@@ -274,6 +274,7 @@ def attention_decode_append(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=1,
+        enable_fp_fusion=True,
         debug=True,  # keeps the assertion
     )  # fmt: skip
 
@@ -367,18 +368,26 @@ def attention_decode_fwd(
         **config.options(),
     )  # fmt: skip
     if splits > 1:
-        block_r = max(1, 512 // blocks_d[1])
-        _attention_decode_combine_kernel[(ceil_div(rows, block_r),)](
-            *parts, sinks, out, lse,
-            H=nheads,
-            M=seqlen_q,
-            rows_total=rows,
-            splits=splits,
-            DV=headdim_v,
-            BLOCK_R=block_r,
-            BLOCK_DV=blocks_d[1],
-        )  # fmt: skip
+        _combine(parts, sinks, out, lse)
     return out, lse
+
+
+def _combine(parts, sinks, out, lse) -> None:
+    """Adds up (out, lse) of the splits."""
+    splits, rows, headdim_v = parts[0].shape
+    block_d = max(16, next_power_of_2(headdim_v))
+    block_r = max(1, 512 // block_d)
+    _attention_decode_combine_kernel[(ceil_div(rows, block_r),)](
+        *parts, sinks, out, lse,
+        H=out.shape[2],
+        M=out.shape[1],
+        rows_total=rows,
+        splits=splits,
+        DV=headdim_v,
+        BLOCK_R=block_r,
+        BLOCK_DV=block_d,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _broadcast_strides(x: torch.Tensor | None) -> list[int]:

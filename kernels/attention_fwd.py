@@ -66,11 +66,11 @@ def _softmax(s, m_i, l_i, scale_log2):
 
 @triton.jit
 def _attend_whole(
-    acc, m_i, l_i, q, k_desc, v_desc, place, begin, end, rows, scale, seed_ptr, threshold, batch,
-    head, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, k_desc, v_desc, place, begin, end, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """`_attend` for PLAIN calls and keys that all rows see, loaded by descriptors.
+    """`_attend` for PLAIN calls without dropout and keys that all rows see, by descriptors.
 
     Each product with v is issued one block late: it then runs beside a softmax that does not need
     it. Before the first block p is 0, and v lies before the tensor, where it reads as 0.
@@ -90,9 +90,6 @@ def _attend_whole(
             p = p.to(tl.int16, bitcast=True).to(P, bitcast=True)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale * LOG2_E)
-        if seed_ptr is not None:
-            keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
         p = p.to(P)
     if begin < end:
         v = load_block(v_desc, place, end - BLOCK_N, BLOCK_N, BLOCK_DV)
@@ -219,10 +216,10 @@ def _attention_fwd_kernel(
             options, seed_ptr, threshold, batch, head, k_desc, v_desc, place, D, DV, True, True,
             PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    if k_desc is not None and PLAIN:
+    if k_desc is not None and PLAIN and seed_ptr is None:
         acc, m_i, l_i = _attend_whole(
-            acc, m_i, l_i, q, k_desc, v_desc, place, full, full_end, rows, scale, seed_ptr,
-            threshold, batch, head, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            acc, m_i, l_i, q, k_desc, v_desc, place, full, full_end, scale, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     else:
         acc, m_i, l_i = _attend(
@@ -311,7 +308,7 @@ def attention_fwd(
         q, softmax_scale = -q, -softmax_scale
     unit, strides = aligned_strides(q, k, v)
     config = attention_config(
-        "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.reads_pairs
+        "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.burden
     )
     descriptors = block_descriptors(config.block_n, k, v) if config.tma else (None, None)
     tiles = ceil_div(seqlen_q, config.block_m)

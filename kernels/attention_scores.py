@@ -56,9 +56,15 @@ class Options(NamedTuple):
     max_seqlen_k: int = 0
 
     @property
-    def reads_pairs(self) -> bool:
-        """A number is read from memory for each pair, in tiles beside those of the scores."""
-        return self.mask is not None or self.bias is not None
+    def burden(self) -> int:
+        """What the options take of a multiprocessor beside the scores, for `attention_config`.
+
+        2 for a number that is read or drawn for each pair, in a tile of its own; 1 for others.
+        """
+        pairs = (self.mask is not None, self.bias is not None, self.dropout_p > 0.0)
+        others = (self.table, self.alibi_slopes, self.sinks)
+        light = [x is not None for x in others] + [self.window_left >= 0, self.softcap > 0.0]
+        return 2 * sum(pairs) + sum(light)
 
 
 @triton.jit
@@ -244,6 +250,7 @@ def relative_values(
         STARTS=bucket_starts(buckets, bidirectional, max_distance),
         BIDIRECTIONAL=bidirectional,
         BLOCK=128,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return values
 
@@ -270,9 +277,9 @@ def option_arguments(lengths: tuple[int, int], dtype: torch.dtype, options: Opti
     scored = (mask, bias, table, alibi_slopes, sinks)
     return dict(
         mask_ptr=None if mask is None else mask.view(torch.uint8),
-        **_strides("mask", mask),
+        **_strides("mask", mask, lengths[1]),
         bias_ptr=bias,
-        **_strides("bias", bias),
+        **_strides("bias", bias, lengths[1]),
         values_ptr=values,
         extent=extent,
         slopes_ptr=alibi_slopes,
@@ -311,10 +318,10 @@ def block_descriptors(
     return tuple(descriptors)
 
 
-def _strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
-    sizes = (1,) * 4 if x is None else x.shape
-    strides = (0,) * 4 if x is None else x.stride()
-    return {
-        f"stride_{name}_{axis}": stride if size > 1 else 0
-        for axis, size, stride in zip("bhmn", sizes, strides, strict=True)
-    }
+def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int]:
+    strides = [0] * 4
+    if x is not None:
+        strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
+        if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
+            strides[3] = 1
+    return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))

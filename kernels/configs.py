@@ -1,14 +1,15 @@
 """Launch configurations as data: frozen dataclasses in tables keyed by (target, head dim or width).
 
 No `@triton.autotune`: it cannot run without a GPU, it stalls first calls, and it makes numerics
-depend on timing. `benchmarks/tune.py` prints rows for these tables.
+depend on timing. `benchmarks/tune.py` prints rows for these tables. Every launch asks for fused
+multiply-adds by name, since Triton's default changes in 3.10.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -123,6 +124,7 @@ class AttentionConfig:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
         }
 
 
@@ -236,8 +238,8 @@ _ATTENTION = {
         ),
     },
 }  # fmt: skip
-# (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of most
-# attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
+# (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of
+# most attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
 _TMA = {("sm_90", "half")}
 # The interpreter: small, and wider than high and higher than wide.
 _ATTENTION_CPU = {
@@ -248,30 +250,49 @@ _ATTENTION_CPU = {
 
 
 def attention_config(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, read: bool
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
 ) -> AttentionConfig:
-    """The configuration of a pass, "fwd", "dq" or "dkv".
+    """The configuration of a pass, "fwd", "dq", "dkv" or "dbias".
 
     Args:
         headdim: the wider of both.
         unit: from `aligned_strides`.
-        read: a mask or a bias is read; its tiles take room beside the scores'.
+        burden: `Options.burden`, what options take beside the scores.
     """
     name = target(device)
+    table = "dq" if which == "dbias" else which
     if name == "cpu":
-        return _ATTENTION_CPU[which]
+        return _ATTENTION_CPU[table]
     arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
     if name == "gfx942" and arithmetic == "tf32":
         arithmetic = "ieee"  # the same matrix cores
     if name != "gfx942" and arithmetic == "half" and unit == 1:
         arithmetic = "narrow"
-    by_headdim = _ATTENTION[name][arithmetic, which]
+    by_headdim = _ATTENTION[name][arithmetic, table]
     m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
-    if read and (which == "dkv" or (which == "fwd" and headdim > 64)):
-        m, stages = max(m // 2, 16), min(stages, 2)
-    if read and which != "dkv":
-        n, stages = max(n // 2, 16), min(stages, 2)
-    return AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
+    if which == "dbias":
+        return AttentionConfig(m, max(n // 2, 16), warps, 1)
+    config = AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
+    return _lighter(config, which, headdim, burden)
+
+
+def _lighter(config: AttentionConfig, which: str, headdim: int, burden: int) -> AttentionConfig:
+    """Smaller tiles where options take registers and shared memory, found by compiling."""
+    m, n, warps, stages, tma = astuple(config)
+    halvings = 0
+    if burden > 0 and which == "fwd":
+        n = min(n, 64)
+    if burden > 0 and which == "dkv" and headdim > 64:
+        stages = min(stages, 2)
+    if burden > 1:
+        halvings = int(headdim > 64)
+    if burden > 3:
+        halvings, stages = halvings + 1, min(stages, 2)
+    if which == "dkv":
+        m = max(m >> halvings, 16)
+    else:
+        n = max(n >> halvings, 16)
+    return AttentionConfig(m, n, warps, stages, tma)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.

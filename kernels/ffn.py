@@ -145,7 +145,7 @@ def bias_act_fwd(
     _bias_act_fwd_kernel[(ceil_div(M, config.block_m) * col_tiles,)](
         x, bias, seed, y, x.stride(0), M, N, col_tiles, threshold, scale,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -179,7 +179,7 @@ def bias_act_bwd(
         dy, x, bias, seed, dx if need_dx else None, partial if need_dbias else None,
         y if need_y else None, dy.stride(0), x.stride(0), M, N, groups, threshold, scale,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     dbias = partial.sum(0) if need_dbias else partial
     return dx, dbias.to(dbias_dtype), y
@@ -197,7 +197,7 @@ def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     _glu_fwd_kernel[(ceil_div(M, config.block_m) * col_tiles,)](
         gate, up, y, gate.stride(0), up.stride(0), M, N, col_tiles,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -226,6 +226,6 @@ def glu_bwd(
         dy, gate, up, dgate if need_dgate else None, dup if need_dup else None,
         y if need_y else None, dy.stride(0), gate.stride(0), up.stride(0), M, N, col_tiles,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return dgate, dup, y

@@ -190,7 +190,7 @@ def cross_entropy_fwd(
         logits.stride(0), logits.stride(1), shape[1], N, rows, ignore_index,
         label_smoothing, z_loss, 1.0 if softcap is None else softcap,
         HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SOFTCAP=softcap is not None, enable_fp_fusion=True,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
     return loss, row_max, log_sum, row_weight
@@ -222,7 +222,7 @@ def cross_entropy_bwd(
         logits.stride(0), logits.stride(1), target.shape[1], N, rows, ignore_index,
         label_smoothing, z_loss, 1.0 if softcap is None else softcap,
         HAS_SMOOTHING=label_smoothing > 0.0, HAS_Z_LOSS=z_loss > 0.0,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SOFTCAP=softcap is not None, enable_fp_fusion=True,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
     return dlogits

@@ -302,6 +302,7 @@ def norm_fwd(
         KIND=KINDS[kind],
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     if N > WIDEST_ROW:
         _norm_fwd_wide_kernel[(M,)](*tensors, *sizes, **constants)
@@ -346,7 +347,8 @@ def norm_bwd(
     dweight, dbias = new((programs, N), fp32(dweight_dtype)), new((programs, N), fp32(dbias_dtype))
     given = lambda x: x if x.numel() else None
     threshold, scale = dropout_args(dropout_p)
-    common = dict(KIND=KINDS[kind], num_warps=config.num_warps)
+    fused = dict(KIND=KINDS[kind], enable_fp_fusion=True)
+    common = dict(fused, num_warps=config.num_warps)
     ins = (dy, dz, z, weight, mean, rstd, seed, given(out_dz), given(out_dx))
     sizes = (dy.stride(0), 0 if dz is None else dz.stride(0), z.stride(0), M, N, threshold, scale)
     if not wide:
@@ -360,7 +362,7 @@ def norm_bwd(
         if given(dweight) is not None or given(dbias) is not None:
             _norm_dweight_kernel[(ceil_div(N, 512) * programs,)](
                 dy, z, mean, rstd, given(dweight), given(dbias), dy.stride(0), z.stride(0),
-                M, N, programs, KIND=KINDS[kind], BLOCK_M=tile_m, BLOCK_N=512,
+                M, N, programs, BLOCK_M=tile_m, BLOCK_N=512, **fused,
             )  # fmt: skip
     # One row a program, summed in a fixed order.
     reduce = lambda partial, dtype: partial if dtype is None else partial.sum(0).to(dtype)

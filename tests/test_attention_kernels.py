@@ -345,26 +345,40 @@ from fastlm.kernels.attention_bwd import attention_bwd
 from fastlm.kernels.attention_fwd import attention_fwd
 from fastlm.kernels.attention_scores import Options
 
-keys = collections.defaultdict(set)
+keys = collections.defaultdict(lambda: collections.defaultdict(set))
+used = "plain"
 def note(*, key, fn, **_):
-    keys[fn.name].add(key)
+    keys[used][fn.name].add(key)
     return True  # do not compile
 knobs.runtime.jit_cache_hook = note
-new = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+new = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+fp32 = lambda *shape: new(*shape, dtype=torch.float32)
 lengths = (1, 2, 16, 17, 1024, 2**22)
 for batch, nheads, m, n in itertools.product((1, 3), (1, 8), lengths, lengths):
     q, k, v = new(batch, m, nheads, 64), new(batch, n, 1, 64), new(batch, n, 1, 64)
-    lse = torch.empty(batch, nheads, m, device="meta")
-    for causal in ("none", "top_left", "bottom_right"):
-        options = Options(causal=causal, softmax_scale=0.1)
+    lse = fp32(batch, nheads, m)
+    uses = {
+        "plain": ({}, ""),
+        "masks": ({"mask": new(batch, 1, 1, n, dtype=torch.bool), "bias": new(1, nheads, m, n),
+                   "seqlens_k": new(batch, dtype=torch.int32)}, "bias"),
+        "distances": ({"table": fp32(32, nheads), "bidirectional": True, "max_distance": 128,
+                       "alibi_slopes": fp32(nheads)}, "table"),
+        "rest": ({"window_left": m // 2, "softcap": 30.0, "dropout_p": 0.1, "sinks": fp32(nheads),
+                  "seed": new(dtype=torch.int64)}, "sinks"),
+    }
+    for causal, name in itertools.product(("none", "top_left", "bottom_right"), uses):
+        used = name if name == "plain" else f"{name}, {causal}"
+        given, learned = uses[name]
+        options = Options(causal=causal, softmax_scale=0.1, **given)
         attention_fwd(q, k, v, options, False)
-        attention_bwd(q, q, k, v, q, lse, None, None, options, True, True, *[False] * 4)
-print(json.dumps({name: len(found) for name, found in keys.items()}))
+        needs = [name in learned for name in ("bias", "table", "alibi", "sinks")]
+        attention_bwd(q, q, k, v, q, lse, None, None, options, True, True, *needs)
+print(json.dumps({u: {name: len(x) for name, x in found.items()} for u, found in keys.items()}))
 """
 
 
 def test_kernels_variants():
-    """One binary a kernel and mask for all lengths, heads and batches, not one for each."""
+    """At most three binaries of a kernel for all lengths, heads and batches."""
     support = Path(__file__).parent / "support"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -374,13 +388,18 @@ def test_kernels_variants():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    counts = {name.split(".")[-1].strip("_"): n for name, n in json.loads(result.stdout).items()}
-    assert counts == {
+    counts = {
+        used: {name.split(".")[-1].strip("_"): n for name, n in found.items()}
+        for used, found in json.loads(result.stdout).items()
+    }
+    assert counts["plain"] == {
         "attention_fwd_kernel": 2,
         "attention_bwd_delta_kernel": 1,
         "attention_bwd_dq_kernel": 2,
         "attention_bwd_dk_dv_kernel": 2,
     }
+    assert len(counts) == 1 + 3 * 3
+    assert [(u, k, n) for u, found in counts.items() for k, n in found.items() if n > 3] == []
 
 
 # Real sizes: every configuration of the table is launched.

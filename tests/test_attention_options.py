@@ -257,6 +257,42 @@ def test_batch_and_heads_are_independent(device):
     assert torch.equal(lse_again, lse[order][:, heads])
 
 
+def test_packed_sequences_are_padded_ones_bit_for_bit(device):
+    """With every option; dropout too, which counts sequences as a batch."""
+    case = {**EVERYTHING, "causal": "top_left", "seqlens_k": False, "mask": "columns"}
+    lengths_q, lengths_k = (5, 0, 9), (20, 3, 33)
+    tensors, options = moved({**case, "lengths": (9, 33)}, device)
+    batch = lambda x: torch.cat([x, x[:1]]).detach().requires_grad_()
+    tensors |= {n: batch(tensors[n]) for n in ("q", "k", "v", "alibi_slopes")}
+    options |= {"mask": batch(options["mask"].float()).bool(), "return_lse": True}
+    seqlens_k = torch.tensor(lengths_k, device=device)
+    out, lse, _ = fused()(**tensors, **options, seqlens_k=seqlens_k)
+    do, dlse = (randn(*x.shape, dtype=x.dtype, device=device, seed=16) for x in (out, lse))
+    for b, n in enumerate(lengths_q):  # rows of padding
+        do[b, n:] = dlse[b, :, n:] = 0.0
+    grads = torch.autograd.grad([out, lse], list(tensors.values()), [do, dlse])
+
+    ends = {
+        n: torch.tensor((0, *x), device=device).cumsum(0)
+        for n, x in zip("qk", (lengths_q, lengths_k), strict=True)
+    }
+    unpad = lambda x, lengths: torch.cat([y[:n] for y, n in zip(x, lengths, strict=True)])
+    lengths = {"q": lengths_q, "k": lengths_k, "v": lengths_k}
+    packed = {n: unpad(x, lengths[n]) if n in lengths else x for n, x in tensors.items()}
+    packed = {n: x.detach().requires_grad_() for n, x in packed.items()}
+    packing = ends["q"], ends["k"], 9, 33
+    out2, lse2, _ = fused()(**packed, **options, packing=packing)
+    rows = lambda x: unpad(x.transpose(1, 2), lengths_q)
+    do2, dlse2 = unpad(do, lengths_q), rows(dlse).T
+    grads2 = torch.autograd.grad([out2, lse2], list(packed.values()), [do2, dlse2])
+    assert torch.equal(out2, unpad(out, lengths_q)) and torch.equal(lse2.T, rows(lse))
+    for name, a, b in zip(tensors, grads, grads2, strict=True):
+        if name == "sinks":  # added up by torch, whose order follows the layout
+            torch.testing.assert_close(a, b)
+            continue
+        assert torch.equal(b, unpad(a, lengths[name]) if name in lengths else a), name
+
+
 def test_values_of_one_give_one(device):
     tensors, options = moved({**EVERYTHING, "dropout_p": 0.0, "sinks": False}, device)
     tensors["v"] = torch.ones_like(tensors["v"])

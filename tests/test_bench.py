@@ -1,51 +1,23 @@
 """The benchmark harness: what it refuses to time, what it counts, what it writes."""
 
-import importlib.util
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from benching import CPU, SCRIPTS, load, run_quickly, small_shapes  # noqa: F401
 
-from fastlm import shapes
-from fastlm.bench import machine, results, timing
-from fastlm.bench.cases import CASES, Work, attention_case
-from fastlm.bench.check import Oracle
-from fastlm.bench.run import directions_of, run_case
+from fastlm.bench import machine, results, summary, timing
+from fastlm.bench.case import Work
+from fastlm.bench.cases import CASES
+from fastlm.bench.run import directions_of
 from fastlm.cli import main
 from fastlm.errors import UserError
-
-CPU = torch.device("cpu")
-SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Small shapes in place of those for the CPU, and ceilings that cost nothing."""
-    tables = {
-        "NORM_CPU": {"small": shapes.NormShape(16, 48)},
-        "FFN_CPU": {"small": shapes.FfnShape(8, 16, 32)},
-        "LOSS_CPU": {"small": shapes.LossShape(12, 40, 16)},
-        "ATTENTION_CPU": {"small": shapes.AttentionShape(2, 12, 20, 4, 2, 16)},
-    }
-    for name, table in tables.items():
-        monkeypatch.setattr(shapes, name, table)
-    monkeypatch.setattr("fastlm.bench.run.ceilings", lambda *_: machine.Ceilings(1.0, 100.0))
-    monkeypatch.setattr(timing, "_MAX_SAMPLES", 5)
 
 
 def norm_case():
     return next(CASES["norm"](CPU, torch.float32, True))
-
-
-def run_quickly(case, **options):
-    failed = {}
-    rows = run_case(
-        case, seconds=0.0, failed=lambda provider, why: failed.update({provider: why}), **options
-    )
-    return rows, failed
 
 
 # The check
@@ -123,32 +95,30 @@ def test_torch_is_timed_whatever_its_error_and_others_no_worse():
     assert results.table(rows).count("!") == 2
 
 
-def test_oracle_compares_a_part_of_the_call():
-    """For long sequences gold covers some heads alone; an error in them is seen."""
-    shape = shapes.AttentionShape(2, 8, 8, 4, 2, 16)
-    for variant in ("full", "causal", "padding", "bias"):
-        case = attention_case("part", shape, variant, CPU, torch.float32)
-        whole = replace(case, parts={})
-        verdicts = [Oracle(c).judge(case.providers["torch"]) for c in (case, whole)]
-        assert all(verdict.passes(None) for verdict in verdicts)
-        assert verdicts[0].errors["q"].error <= verdicts[1].errors["q"].error
-        # Of the bias gradient, the part is exact although it is a sum over the batch.
-        assert set(verdicts[0].errors) == {"out", *(set(case.tensors) - {"seqlens_k"})}
+def test_provider_that_runs_out_of_memory_ends_no_other():
+    case = norm_case()
+
+    def greedy(x, weight, bias):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    calls = []
+
+    def tired(x, weight, bias):
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no more")
+        return case.providers["torch"](x, weight, bias)
+
+    case = replace(case, providers={**case.providers, "greedy": greedy, "tired": tired})
+    rows, failed = run_quickly(case, directions=["forward"])
+    assert {row.provider for row in rows} == {"torch", "fastlm-torch"}
+    assert failed == {
+        "greedy": "out of memory: tried to allocate too much",
+        "tired": "forward: out of memory: no more",
+    }
 
 
 # What is counted
-
-
-def test_work_of_attention_is_flash_attentions():
-    shape = shapes.AttentionShape(2, 8, 8, 4, 2, 16)
-    flops = 4 * 2 * 4 * 8 * 8 * 16
-    case = attention_case("a", shape, "full", CPU, torch.float32)
-    assert case.work == Work("TFLOP/s", flops, 2.5 * flops)
-    assert case.work.of("forward+backward") == 3.5 * flops
-    assert attention_case("a", shape, "causal", CPU, torch.float32).work.forward == flops / 2
-    padded = attention_case("a", shape, "padding", CPU, torch.float32)
-    assert padded.tensors["seqlens_k"].tolist() == [2, 8]
-    assert padded.work.forward == flops * 5 / 8
 
 
 def test_work_of_norm_is_in_bytes():
@@ -202,7 +172,7 @@ def test_csv_round_trip(rows, tmp_path):
     assert table[0]["pass"] == "forward" and float(table[0]["median_ms"]) > 0
     assert set(table[0]) >= {
         "op", "shape", "dtype", "pass", "provider", "median_ms", "p20_ms", "p80_ms", "rate", "unit",
-        "of_ceiling", "max_error", "device", "driver", "torch", "triton", "commit",
+        "of_ceiling", "peak_mb", "max_error", "device", "driver", "torch", "triton", "commit",
     }  # fmt: skip
 
 
@@ -218,10 +188,35 @@ def test_table_prints_the_error_beside_the_time(rows):
     header, _, ours = results.table(rows).splitlines()[1:]
     assert header.split() == [
         "provider", "ms", "p20-p80", "vs", "torch", "GB/s", "of", "ceiling", "max", "error", "of",
-        "bound",
+        "bound", "MB",
     ]  # fmt: skip
     cells = ours.split()
     assert cells[0] == "fastlm-torch" and cells[3].endswith("x") and float(cells[7]) <= 1
+
+
+def test_summary_is_of_ratios(rows):
+    """Geometric mean and worst cell against each peer; each option against none."""
+    rate = {"full": 8.0, "window": 2.0}
+    make = lambda shape, variant, provider, ms: replace(
+        rows[0], op="attention", shape=f"{shape}/{variant} 1x2x4/2x8", provider=provider,
+        median_ms=ms, rate=rate[variant] / ms, unit="TFLOP/s",
+    )  # fmt: skip
+    table = [
+        make("a", "full", "torch", 4.0), make("a", "full", "fastlm-triton", 2.0),
+        make("b", "full", "torch", 8.0), make("b", "full", "fastlm-triton", 1.0),
+        make("b", "full", "flex", 3.0), make("b", "full", "fastlm-torch", 9.0),
+        make("a", "window", "fastlm-triton", 1.0), make("c", "window", "fastlm-triton", 1.0),
+    ]  # fmt: skip
+    lines = [line.split() for line in summary.against_peers(table)]
+    assert [line[:9] for line in lines] == [
+        ["full", "forward", "fastlm-triton", "vs", "torch", "4.00x", "worst", "2.00x", "at"],
+        ["full", "forward", "fastlm-triton", "vs", "flex", "3.00x", "worst", "3.00x", "at"],
+    ]
+    assert [" ".join(line[9:]) for line in lines] == ["a float32 (2 of 2)", "b float32 (1 of 2)"]
+    (line,) = summary.against_plain(table)  # nothing plain was timed at c
+    assert line.split() == (
+        "window forward fastlm-triton 0.50 of the time of full 2.00 an operation a float32".split()
+    )
 
 
 def test_bench_command(tmp_path, capsys):
@@ -258,8 +253,9 @@ def test_scripts_name_peers_that_are_installed(op, monkeypatch):
     for case in CASES[op](CPU, torch.float32, True):
         missing = set()
         more = shared.with_peers(case, script.PEERS, None, missing)
-        named = set(more.providers) | {text.split(" (")[0] for text in missing}
-        assert "torch.compile" in more.providers
+        named = {*more.providers, *more.unavailable, *(text.split(" (")[0] for text in missing)}
+        assert set(script.PEERS) <= named and all(more.unavailable.values())
+        assert "torch.compile" in more.providers or op == "attention"
         assert set(case.providers) <= named
         assert all(callable(fn) for fn in more.providers.values())
         only = shared.with_peers(case, script.PEERS, ["fastlm-torch"], missing)
@@ -299,10 +295,3 @@ def test_tune_prints_what_is_fastest_and_restores(monkeypatch):
     assert norm.row_config is original
     assert all(c.block_m * c.block_n <= 16384 for c in tune.row_candidates(4096))
     assert len(list(tune.attention_candidates())) > 50
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlm.bench.cases import Case
+from fastlm.bench.case import Case
 from fastlm.testing import Error, measure, randn
 
 
@@ -47,14 +47,14 @@ class Oracle:
         self._expected = None
 
     def judge(self, provider: Callable[..., torch.Tensor]) -> Verdict:
-        """Runs the provider forward and backward on the whole case, compares what `parts` cut."""
+        """Runs the provider on the whole case, backward too where anything gets a gradient, and
+        compares what `parts` cut."""
         case = self.case
         inputs = case.inputs()
         out = provider(**inputs)
-        if self.grad is None:
+        if self.grad is None and self.wanted:
             self.grad = randn(*out.shape, seed=99).to(out.device, out.dtype)
-        grads = torch.autograd.grad(out, [inputs[name] for name in self.wanted], self.grad)
-        actual = {"out": out.detach(), **dict(zip(self.wanted, grads, strict=True))}
+        actual = self._with_gradients(out, inputs, self.grad)
         if self._expected is None:
             self._expected = self._reference(None), self._reference(torch.float64)
         return Verdict(
@@ -67,6 +67,10 @@ class Oracle:
     def _reference(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         inputs = self.case.part_of_inputs(dtype)
         out = self.case.reference(**inputs)
-        grad = self.case.cut("out", self.grad).to(out.dtype)
-        grads = torch.autograd.grad(out, [inputs[name] for name in self.wanted], grad)
+        grad = self.case.cut("out", self.grad).to(out.dtype) if self.wanted else None
+        return self._with_gradients(out, inputs, grad)
+
+    def _with_gradients(self, out, inputs, grad) -> dict[str, torch.Tensor]:
+        wanted = [inputs[name] for name in self.wanted]
+        grads = torch.autograd.grad(out, wanted, grad) if wanted else []
         return {"out": out.detach(), **dict(zip(self.wanted, grads, strict=True))}

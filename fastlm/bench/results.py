@@ -26,6 +26,7 @@ class Row:
     rate: float
     unit: str  # of rate: TFLOP/s or GB/s
     of_ceiling: float  # rate over what the device reached in a matrix product, or a copy
+    peak_mb: float | None  # allocated during the call, beside its inputs; None on a CPU
     max_error: float
     of_bound: float
     device: str
@@ -79,13 +80,16 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(
                 f"  {'provider':<{width}}{'ms':>10}{'p20-p80':>20}{'vs torch':>10}"
                 f"{row.unit:>10}{'of ceiling':>12}{'max error':>11}{'of bound':>10}"
+                f"{'MB':>9}"
             )
         spread = f"{row.p20_ms:.3f}-{row.p80_ms:.3f}"
         bound = f"{row.of_bound:.2f}{'!' if row.of_bound > 1 else ''}"
         speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
+        peak = "-" if row.peak_mb is None else f"{row.peak_mb:.1f}"
         lines.append(
             f"  {row.provider:<{width}}{row.median_ms:>10.3f}{spread:>20}{speedup:>10}"
             f"{row.rate:>10.3g}{row.of_ceiling:>12.0%}{row.max_error:>11.1e}{bound:>10}"
+            f"{peak:>9}"
         )
     return "\n".join(lines[1:])
 

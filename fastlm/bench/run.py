@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from fastlm.bench.cases import Case, Fn
+from fastlm.bench.case import Case, Fn
 from fastlm.bench.check import Oracle, Verdict
 from fastlm.bench.machine import ceilings, describe
 from fastlm.bench.results import Row
-from fastlm.bench.timing import measure
-from fastlm.testing import randn
+from fastlm.bench.timing import Times, measure, peak_memory
 
+Measured = tuple[Times, float | None]  # with the peak memory in MB
+OUT_OF_MEMORY = "out of memory"
 DIRECTIONS = ("forward", "forward+backward", "backward")
 
 
@@ -34,52 +35,80 @@ def run_case(
     """Applies the oracle to every provider of a case and times torch and those that pass.
 
     Args:
-        directions: which of `DIRECTIONS`.
+        directions: which of `DIRECTIONS`; forward alone where nothing gets a gradient.
         seconds: about how long to sample a provider in a direction.
         failed: told of every provider that did not pass, and why.
     """
-    oracle, verdicts = Oracle(case), {}
-    for name, fn in sorted(case.providers.items(), key=lambda item: item[0] != "torch"):
+    oracles = {id(c): Oracle(c) for c in (case, case.undropped) if c is not None}
+    verdicts, grad = {}, None
+    for name in sorted(case.providers, key=lambda name: name != "torch"):
+        judged = case.judged(name)
         try:
-            verdict = oracle.judge(fn)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            failed(name, f"cannot: {str(error).splitlines()[0]}")
+            verdict = oracles[id(judged)].judge(judged.providers[name])
+        except Exception as error:  # of any library: it must not end the others' measurement
+            failed(name, _cannot(error))
             continue
+        grad = oracles[id(judged)].grad
         # torch itself is what users have: it is timed whatever its error, which the table shows.
-        if name == "torch" or verdict.passes(verdicts.get("torch")):
+        rival = verdicts.get("torch") if judged is case.judged("torch") else None
+        if name == "torch" or verdict.passes(rival):
             verdicts[name] = verdict
         else:
             failed(name, f"error {verdict.error:.1e} is {verdict.of_bound:.2f} of the bound")
-    del oracle  # its fp64 tensors are large
-    passed = {name: case.providers[name] for name in verdicts}
+    del oracles  # their fp64 tensors are large
+    device = next(iter(case.tensors.values())).device
+    # On a GPU one after the other: what one keeps for its backward leaves the next less memory.
+    turns = [[name] for name in verdicts] if device.type == "cuda" else [list(verdicts)]
     rows = []
-    for direction in directions:
-        rows += _time(case, direction, passed, verdicts, seconds)
+    for direction in directions if case.differentiable else DIRECTIONS[:1]:
+        told = lambda name, error, direction=direction: failed(
+            name, f"{direction}: {_cannot(error)}"
+        )
+        measured: dict[str, Measured] = {}
+        for names in turns:
+            measured |= _measure(case, direction, names, grad, seconds, told)
+        rows += _rows(case, direction, measured, verdicts)
     return rows
 
 
-def _time(
+def _cannot(error: Exception) -> str:
+    reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else "cannot"
+    return f"{reason}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def _measure(case, direction, names, grad, seconds, failed) -> dict[str, Measured]:
+    device = next(iter(case.tensors.values())).device
+    calls, peaks = {}, {}
+    for name in names:
+        try:
+            call = _call(case, case.providers[name], direction, grad)
+            peaks[name] = peak_memory(call, device)
+            calls[name] = call
+        except Exception as error:
+            failed(name, error)
+    times = measure(calls, device, seconds)
+    return {name: (times[name], peaks[name]) for name in calls}
+
+
+def _rows(
     case: Case,
     direction: str,
-    providers: Mapping[str, Fn],
+    measured: Mapping[str, Measured],
     verdicts: Mapping[str, Verdict],
-    seconds: float,
 ) -> list[Row]:
     device = next(iter(case.tensors.values())).device
-    calls = {name: _call(case, fn, direction) for name, fn in providers.items()}
-    times = measure(calls, device, seconds)
     ceiling = ceilings(device, case.dtype)
     scale, top = (1e12, ceiling.tflops) if case.work.unit == "TFLOP/s" else (1e9, ceiling.gbytes)
     machine = describe(device)
     rows = []
-    for name, time in times.items():
+    for name, (time, peak) in measured.items():
         rate = case.work.of(direction) / (time.median / 1e3) / scale
-        speedup = times["torch"].median / time.median if "torch" in times else None
+        speedup = measured["torch"][0].median / time.median if "torch" in measured else None
         verdict = verdicts[name]
         rows.append(
             Row(
                 case.op, case.shape, str(case.dtype).removeprefix("torch."), direction, name,
-                time.median, time.p20, time.p80, speedup, rate, case.work.unit, rate / top,
+                time.median, time.p20, time.p80, speedup, rate, case.work.unit, rate / top, peak,
                 verdict.error, verdict.of_bound, machine.device, machine.driver, machine.torch,
                 machine.triton, machine.commit,
             )
@@ -87,14 +116,13 @@ def _time(
     return rows
 
 
-def _call(case: Case, fn: Fn, direction: str) -> Callable[[], object]:
+def _call(case: Case, fn: Fn, direction: str, grad: torch.Tensor | None) -> Callable[[], object]:
     if direction == "forward":
         inputs = {name: x.detach() for name, x in case.tensors.items()}
         return lambda: fn(**inputs)
     inputs = case.inputs()
     wanted = [x for x in inputs.values() if x.requires_grad]
-    out = fn(**inputs)
-    grad = randn(*out.shape, seed=99).to(out.device, out.dtype)
     if direction == "backward":
+        out = fn(**inputs)
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
     return lambda: torch.autograd.grad(fn(**inputs), wanted, grad)

@@ -38,6 +38,20 @@ def measure(
     return _on_cpu(calls, seconds)
 
 
+def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
+    """Megabytes that a GPU's allocator held during the call beyond what it held before; None on a
+    CPU, where torch counts none. Calls once before: what is made once does not count."""
+    call()
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
 def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
     from triton.testing import do_bench
 

@@ -68,8 +68,9 @@ def attention(
         that no query sees may hold NaN.
 
     Memory: the Triton kernels hold no (seqlen_q, seqlen_k) matrix. Beside its results the forward
-    keeps lse; the backward needs two numbers per query and head, and partial sums of the gradients
-    of bias, table, slopes and sinks. The reference holds all scores.
+    keeps lse, and a second fp32 number per query and head where a gradient is in fp32; the backward
+    needs two or three, and up to 64 partial sums of the gradients of bias, table and slopes, each
+    of the size of that gradient. The reference holds all scores.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.

@@ -198,6 +198,7 @@ class Recorder:
         return self.rows
 
     def _run(self, fn, *args, grid, warmup, **kwargs):
+        assert "enable_fp_fusion" in kwargs, f"{fn.__name__}: Triton's default would decide"
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = self._compile(fn, *args, grid=grid, warmup=True, **kwargs)
