@@ -219,7 +219,7 @@ def test_tune_sweeps_attention(kind, monkeypatch):
     for name in ("attention_case", "decode_case"):
         monkeypatch.setattr(tune, name, partial(interpreted, getattr(tune, name)))
     wanted = [tune.AttentionConfig(16, 16, 4, 1), tune.AttentionConfig(32, 32, 4, 1)]
-    monkeypatch.setattr(tune, "attention_candidates", lambda: wanted)
+    monkeypatch.setattr(tune, "attention_candidates", lambda tma: wanted)
     monkeypatch.setattr(tune, "decode_candidates", lambda: [(32, 2, 1, 1), (32, 2, 1, 3)])
     args = Namespace(part=[kind], headdim=[512], seqlen=20, batch=1, variant="causal", group=2)
     if kind == "decode":
