@@ -4,6 +4,8 @@
     dbias = ds,  dslope = -sum ds * |distance|,  dtable[b] = sum over pairs in bucket b of ds,
     each summed over what it is broadcast along;  dsink = -sum exp(sink - lse) * delta
 
+and for the weights themselves, p after dropout, ds = p * keep * dw.
+
 Tiles of ds are recomputed and summed in registers: a program goes, in a fixed order, over the
 batches, heads, rows and columns that share its piece of the result. Where that leaves too few
 programs, each takes a part of the pieces' sum, and the parts are added afterwards. A bias that is
@@ -35,13 +37,49 @@ from fastlm.kernels.configs import (
     multiprocessors,
     next_power_of_2,
 )
-from fastlm.kernels.primitives import dropout_keep, load_rows, relative_bucket
+from fastlm.kernels.primitives import dropout_keep, load_pairs, load_rows, relative_bucket
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
 RUNTIME = ["H", "GROUP", "M", "N", "T", *OPTIONS_RUNTIME]
 RUNTIME += ["OH", "kept_m", "kept_n", "LH", "loops_m", "loops_n", "loops", "splits", "size"]
 RUNTIME += [f"stride_{x}{y}" for x in ("q", "do") for y in "bmh"]
 RUNTIME += [f"stride_{x}{y}" for x in "kv" for y in "bnh"]
+
+
+@triton.jit
+def _gradient_of_weights(
+    do_ptr, v_ptr, stride_dob, stride_dom, stride_doh, stride_vb, stride_vn, stride_vh, batch, head,
+    head_k, first_q, first_k, first_row, start, n_q, end, N, DV: tl.constexpr, UNIT: tl.constexpr,
+    UNIT_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """A tile of do v^T; without v, of do (batch, M, nheads, N), whose strides count UNIT_W."""
+    if v_ptr is None:
+        do_ptr += (batch * stride_dob + head * stride_doh) * UNIT_W
+        return load_pairs(do_ptr, first_row, start, stride_dom, n_q, N, UNIT_W, BLOCK_M, BLOCK_N)
+    else:
+        do_ptr += (batch * stride_dob + first_q * stride_dom + head * stride_doh) * UNIT
+        v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
+        do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
+        v = load_rows(v_ptr, start, stride_vn * UNIT, end, BLOCK_N, DV, BLOCK_DV, True)
+        return tl.dot(do, tl.trans(v), input_precision=PRECISION)
+
+
+@triton.jit
+def _store_reduced(ptr, head, rows, cols, M, N, x, REDUCE_M: tl.constexpr, REDUCE_N: tl.constexpr):
+    """Stores the sum of a tile of M x N over what is reduced, of one of the heads at `ptr`."""
+    if REDUCE_M and REDUCE_N:
+        tl.store(ptr + head, tl.sum(x).to(ptr.dtype.element_ty))
+    elif REDUCE_M:
+        out = tl.sum(x, 0).to(ptr.dtype.element_ty)
+        tl.store(ptr + head * N + cols, out, mask=cols < N)
+    elif REDUCE_N:
+        out = tl.sum(x, 1).to(ptr.dtype.element_ty)
+        tl.store(ptr + head * M + rows, out, mask=rows < M)
+    else:
+        offsets = (head * M + rows)[:, None] * N + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -62,6 +100,7 @@ def _attention_dbias_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+    UNIT_W: tl.constexpr = 1,
 ):  # fmt: skip
     """A piece of the gradient, or of `splits` parts of its sum one: `size` numbers each.
 
@@ -101,9 +140,7 @@ def _attention_dbias_kernel(
             cols = start + tl.arange(0, BLOCK_N)
             head_k = head // GROUP
             q_at = q_ptr + (batch * stride_qb + first_q * stride_qm + head * stride_qh) * UNIT
-            do_at = do_ptr + (batch * stride_dob + first_q * stride_dom + head * stride_doh) * UNIT
             k_at = k_ptr + (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
-            v_at = v_ptr + (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
             stats = (batch * H + head) * T + rows
             if cu_q_ptr is not None:
                 stats += first_q - batch * H * T
@@ -120,10 +157,11 @@ def _attention_dbias_kernel(
                 scale, batch, head, options,
             )  # fmt: skip
             lse = tl.load(lse_ptr + stats, mask=rows < n_q, other=float("inf"))
-            delta = tl.load(delta_ptr + stats, mask=rows < n_q, other=0.0)
-            do = load_rows(do_at, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
-            v = load_rows(v_at, start, stride_vn * UNIT, end, BLOCK_N, DV, BLOCK_DV, True)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = _gradient_of_weights(
+                do_ptr, v_ptr, stride_dob, stride_dom, stride_doh, stride_vb, stride_vn, stride_vh,
+                batch, head, head_k, first_q, first_k, first_row, start, n_q, end, N, DV, UNIT,
+                UNIT_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_DV,
+            )  # fmt: skip
             if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
@@ -132,7 +170,9 @@ def _attention_dbias_kernel(
                 p = probabilities(s, lse[:, None], low[:, None])
             else:
                 p = probabilities(s, lse[:, None], None)
-            ds = p * dp if KIND == "delta" else p * (dp - delta[:, None])
+            if delta_ptr is not None and KIND != "delta":
+                dp -= tl.load(delta_ptr + stats, mask=rows < n_q, other=0.0)[:, None]
+            ds = p * dp
             first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
             allowed = (cols[None, :] >= first_key[:, None]) & (cols[None, :] <= last_key[:, None])
             # Pairs that are not allowed, and rows without a key, may hold NaN.
@@ -161,18 +201,8 @@ def _attention_dbias_kernel(
             stats += tl.load(cu_q_ptr + out_batch) - out_batch * OH * T
             M = tl.load(cu_q_ptr + out_batch + 1) - tl.load(cu_q_ptr + out_batch)
         tl.store(out_ptr + stats, tl.sum(acc, 1), mask=rows < M)
-    elif REDUCE_M and REDUCE_N:
-        tl.store(out_ptr + out_head, tl.sum(acc).to(out_ptr.dtype.element_ty))
-    elif REDUCE_M:
-        out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_head * N + cols, out, mask=cols < N)
-    elif REDUCE_N:
-        out = tl.sum(acc, 1).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_head * M + rows, out, mask=rows < M)
     else:
-        offsets = (out_head * M + rows)[:, None] * N + cols[None, :]
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        _store_reduced(out_ptr, out_head, rows, cols, M, N, acc, REDUCE_M, REDUCE_N)
 
 
 def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=None):
@@ -238,10 +268,10 @@ def attention_delta(tensors, strides, batch: int, call: dict) -> torch.Tensor:
 def attention_dbias(options: Options, dlse, tensors, strides, batch: int, call) -> torch.Tensor:
     """The gradient of a bias with four dimensions, of size 1 where broadcast, in its own shape."""
     bias = options.bias
-    if bias.shape[3] > 1 or options.cu_seqlens_q is not None:
+    lse, lse_low, delta = tensors[4:7]
+    if bias.shape[3] > 1 or options.cu_seqlens_q is not None or delta is None:
         return _launch("bias", bias.shape, bias.dtype, tensors, strides, batch, call)
     # What all keys of a row share moves lse alone, and the share of the sink.
-    lse, lse_low, delta = tensors[4:7]
     rows = torch.zeros_like(lse) if dlse is None else torch.where(lse == math.inf, 0.0, dlse)
     if options.sinks is not None:
         rows = rows + _sink_shares(options.sinks, lse, lse_low) * delta

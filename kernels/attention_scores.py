@@ -61,10 +61,11 @@ class Options(NamedTuple):
 
         2 for a number that is read or drawn for each pair, in a tile of its own; 1 for others.
         """
-        pairs = (self.mask is not None, self.bias is not None, self.dropout_p > 0.0)
-        others = (self.table, self.alibi_slopes, self.sinks)
-        light = [x is not None for x in others] + [self.window_left >= 0, self.softcap > 0.0]
-        return 2 * sum(pairs) + sum(light)
+        tiles = [x is not None for x in (self.mask, self.bias, self.table)]
+        light = [x is not None for x in (self.alibi_slopes, self.sinks)]
+        tiles.append(self.dropout_p > 0.0)
+        light += [self.window_left >= 0, self.softcap > 0.0]
+        return 2 * sum(tiles) + sum(light)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -163,7 +163,7 @@ _ATTENTION = {
             (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
         ),
         ("half", "dkv"): (
-            (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
+            (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
         ),
         ("tf32", "fwd"): (
             (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
@@ -241,6 +241,24 @@ _ATTENTION = {
 # (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of
 # most attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
 _TMA = {("sm_90", "half")}
+# (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
+# halves: no spills of any one option up to burden 3.
+_BURDENED = {
+    ("sm_80", "fwd"): {2: ((64, 32, 8, 2), (64, 32, 8, 2))},
+    ("sm_80", "dq"): {2: ((128, 32, 8, 2), (64, 64, 8, 2)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
+    ("sm_80", "dkv"): {2: ((32, 32, 4, 2), (32, 64, 8, 2)), 4: ((32, 32, 4, 2), (16, 64, 8, 2))},
+    ("sm_90", "fwd"): {
+        1: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        2: ((128, 64, 8, 3), (128, 32, 8, 3)),
+        4: ((128, 32, 8, 2), (128, 16, 8, 2)),
+    },
+    ("sm_90", "dq"): {2: ((128, 64, 8, 3), (128, 32, 8, 3)), 4: ((128, 32, 8, 2), (128, 16, 8, 2))},
+    ("sm_90", "dkv"): {
+        1: ((64, 128, 8, 3), (32, 128, 8, 2)),
+        2: ((64, 128, 8, 3), (16, 128, 8, 2)),
+        4: ((16, 128, 8, 2), (16, 128, 8, 2)),
+    },
+}  # fmt: skip
 # The interpreter: small, and wider than high and higher than wide.
 _ATTENTION_CPU = {
     "fwd": AttentionConfig(32, 16, 4, 1),
@@ -272,27 +290,15 @@ def attention_config(
     m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
     if which == "dbias":
         return AttentionConfig(m, max(n // 2, 16), warps, 1)
-    config = AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
-    return _lighter(config, which, headdim, burden)
-
-
-def _lighter(config: AttentionConfig, which: str, headdim: int, burden: int) -> AttentionConfig:
-    """Smaller tiles where options take registers and shared memory, found by compiling."""
-    m, n, warps, stages, tma = astuple(config)
-    halvings = 0
-    if burden > 0 and which == "fwd":
-        n = min(n, 64)
-    if burden > 0 and which == "dkv" and headdim > 64:
-        stages = min(stages, 2)
-    if burden > 1:
-        halvings = int(headdim > 64)
-    if burden > 3:
-        halvings, stages = halvings + 1, min(stages, 2)
-    if which == "dkv":
-        m = max(m >> halvings, 16)
-    else:
-        n = max(n >> halvings, 16)
-    return AttentionConfig(m, n, warps, stages, tma)
+    if arithmetic == "half" and headdim <= 128 and (name, which) in _BURDENED:
+        fitting = [row for least, row in _BURDENED[name, which].items() if least <= burden]
+        if fitting:
+            m, n, warps, stages = fitting[-1][headdim > 64]
+    elif burden > 1 and which == "dkv":
+        m, stages = max(m // 2, 16), min(stages, 2)
+    elif burden > 1:
+        n, stages = max(n // 2, 16), min(stages, 2)
+    return AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.

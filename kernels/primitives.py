@@ -116,6 +116,35 @@ def store_rows(ptr, first, stride, M, x, BLOCK_M: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def _pairs(first_row, first_col, stride, M, N, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr):  # fmt: skip
+    """(offsets, mask) of a tile of an M x N matrix whose rows are `stride * UNIT` apart.
+
+    UNIT divides N, and says so to the compiler: it then moves UNIT elements at once.
+    """
+    rows = tl.to_tensor(first_row).to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    offsets = (rows * (stride * UNIT))[:, None] + cols[None, :]
+    return offsets, (rows < M)[:, None] & (cols < N // UNIT * UNIT)[None, :]
+
+
+@triton.jit
+def load_pairs(ptr, first_row, first_col, stride, M, N, UNIT: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of an M x N matrix, with 0 outside it; see `_pairs`. fp32 [BLOCK_M, BLOCK_N]."""
+    offsets, mask = _pairs(first_row, first_col, stride, M, N, UNIT, BLOCK_M, BLOCK_N)
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_pairs(ptr, first_row, first_col, stride, M, N, x, UNIT: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Stores where `load_pairs` loads, rounded to the dtype of `ptr`."""
+    offsets, mask = _pairs(first_row, first_col, stride, M, N, UNIT, BLOCK_M, BLOCK_N)
+    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def key_range(first_row, BLOCK_M: tl.constexpr, M, N, diagonal,
               IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """(full, end): what a tile of query rows may see of N keys.

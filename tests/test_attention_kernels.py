@@ -421,6 +421,7 @@ from triton import knobs
 from fastlm.kernels.attention_bwd import attention_bwd
 from fastlm.kernels.attention_fwd import attention_fwd
 from fastlm.kernels.attention_scores import Options
+from fastlm.kernels.attention_weights import attention_weights_bwd, attention_weights_fwd
 
 keys = collections.defaultdict(lambda: collections.defaultdict(set))
 used = "plain"
@@ -433,7 +434,7 @@ fp32 = lambda *shape: new(*shape, dtype=torch.float32)
 lengths = (1, 2, 16, 17, 1024, 2**22)
 for batch, nheads, m, n in itertools.product((1, 3), (1, 8), lengths, lengths):
     q, k, v = new(batch, m, nheads, 64), new(batch, n, 1, 64), new(batch, n, 1, 64)
-    lse = fp32(batch, nheads, m)
+    lse, dw = fp32(batch, nheads, m), new(batch, nheads, m, n)
     uses = {
         "plain": ({}, ""),
         "masks": ({"mask": new(batch, 1, 1, n, dtype=torch.bool), "bias": new(1, nheads, m, n),
@@ -450,12 +451,16 @@ for batch, nheads, m, n in itertools.product((1, 3), (1, 8), lengths, lengths):
         attention_fwd(q, k, v, options, False)
         needs = [name in learned for name in ("bias", "table", "alibi", "sinks")]
         attention_bwd(q, q, k, v, q, lse, None, None, options, True, True, *needs)
+        if name == "plain":
+            attention_weights_fwd(q, k, lse, options)
+            attention_weights_bwd(dw, q, k, lse, options, True, True, *[False] * 3)
 print(json.dumps({u: {name: len(x) for name, x in found.items()} for u, found in keys.items()}))
 """
 
 
 def test_kernels_variants():
-    """At most three binaries of a kernel for all lengths, heads and batches."""
+    """At most three binaries of a kernel for all lengths, heads and batches. Of the weights', one
+    for rows that start at multiples of 16 bytes and one for others."""
     support = Path(__file__).parent / "support"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -474,8 +479,12 @@ def test_kernels_variants():
         "attention_bwd_delta_kernel": 1,
         "attention_bwd_dq_kernel": 2,
         "attention_bwd_dk_dv_kernel": 2,
+        "attention_weights_fwd_kernel": 4,
+        "attention_weights_bwd_dq_kernel": 4,
+        "attention_weights_bwd_dk_kernel": 4,
     }
-    assert len(counts) == 1 + 3 * 3
+    del counts["plain"]  # causal and not
+    assert len(counts) == 3 * 3
     assert [(u, k, n) for u, found in counts.items() for k, n in found.items() if n > 3] == []
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_options import VALUES, build, consistent, fused, specified
+from attention_options import MASKINGS, VALUES, build, consistent, fused, specified
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
@@ -176,17 +176,6 @@ def test_vmap_and_forward_mode_are_refused_by_name_or_right(device):
     same = torch.func.grad(square(reference.attention, k, v))(q)
     triton = functools.partial(fastlm.attention, impl="triton")
     assert_close("torch.func.grad", torch.func.grad(square(triton, k, v))(q), same, gold)
-
-
-# What hides keys and rows from each other, as options of (5, 9) scores, and what is then unseen.
-MASKINGS = {
-    "causal": {"causal": "top_left"},
-    "more queries": {"causal": True},
-    "window": {"window": (1, 1), "causal": "top_left"},
-    "mask": {"mask": (torch.arange(9) != 5) & (torch.arange(5)[:, None] != 3)},
-    "seqlens_k": {"seqlens_k": torch.tensor([0, 6])},
-    "bias": {"bias": torch.zeros(9).masked_fill(torch.arange(9) > 5, float("-inf"))},
-}
 
 
 @pytest.mark.parametrize("name", MASKINGS)

@@ -378,8 +378,11 @@ def test_weights_of_multihead_attention():
     ({"window": 1},
      "attention_weights: window must be None or a pair (left, right), each None or an int from "
      "0, got 1"),
-    ({"impl": "triton"},
-     "attention_weights: fastlm has no triton kernel for attention_weights; use impl='torch'"),
+    ({"impl": "cuda"},
+     "attention_weights: fastlm has no cuda kernel for attention_weights; use impl='torch'"),
+    ({"impl": "triton", "lse": torch.ones(2, 4, 3), "q": torch.ones(2, 3, 4, 8).double()},
+     "attention_weights: impl='triton' computes in fp32 and does not take torch.float64; "
+     "use impl='torch'"),
 ])  # fmt: skip
 def test_weights_errors(change, message):
     x = torch.ones(2, 3, 4, 8)

@@ -102,8 +102,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         # Recomputed in the backward pass, which else would keep (batch, num_heads, seqlen_q,
         # seqlen_k) tensors, whether or not the loss reads the weights.
         weights = checkpoint(
-            attention_weights, q, k, lse, use_reentrant=False, preserve_rng_state=False, **options
-        )
+            attention_weights, q, k, lse, use_reentrant=False, preserve_rng_state=False,
+            impl=self.impl, **options,
+        )  # fmt: skip
         weights = weights.mean(1) if average_attn_weights else weights
         return self._output(out, query), weights if query.dim() == 3 else weights.squeeze(0)
 

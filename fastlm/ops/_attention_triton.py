@@ -34,6 +34,21 @@ def attention(q, k, v, options: dict, packing: tuple | None = None):
         q, k, v: of one dtype, last stride 1.
         packing: (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) of packed sequences.
     """
+    tensors, scalars = kernel_options(options, q, k, packing)
+    bias = options["bias"]
+    bias = bias.table if isinstance(bias, RelativeBias) else bias
+    learned = (q, k, v, bias, options["alibi_slopes"], options["sinks"])
+    learned = [x for x in learned if x is not None and x.requires_grad]
+    if torch.is_grad_enabled() and learned:
+        exact = any(x.dtype.itemsize >= 4 for x in learned)
+        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact)
+    else:
+        out, lse, _ = attention_fwd(q, k, v, *tensors, *scalars, False)
+    return (out, lse) if options["return_lse"] else out
+
+
+def kernel_options(options: dict, q, k, packing: tuple | None = None) -> tuple[tuple, tuple]:
+    """(the nine optional tensors, scalars): `attention_fwd`'s arguments from the mask on."""
     bias, table = options["bias"], None
     bidirectional, max_distance = False, 0
     if isinstance(bias, RelativeBias):
@@ -55,14 +70,7 @@ def attention(q, k, v, options: dict, packing: tuple | None = None):
         0.0 if softcap is None else float(softcap), float(options["dropout_p"]), bidirectional,
         max_distance, *lengths,
     )  # fmt: skip
-    learned = (q, k, v, bias, table, options["alibi_slopes"], options["sinks"])
-    learned = [x for x in learned if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and learned:
-        exact = any(x.dtype == torch.float32 for x in learned)
-        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact)
-    else:
-        out, lse, _ = attention_fwd(q, k, v, *tensors, *scalars, False)
-    return (out, lse) if options["return_lse"] else out
+    return tensors, scalars
 
 
 class _Attention(torch.autograd.Function):
@@ -120,34 +128,44 @@ class _AttentionGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *incoming):
-        return *_second_gradients(ctx, incoming), None, None, None, None, None
+        need_q, need_kv, *need_rest = ctx.needs
+        grads = second_gradients(
+            lambda *tensors: _by_reference(tensors, ctx.scalars),
+            ctx, 2, (2, 3, 4, 6, 7, 11, 12), (need_q, need_kv, need_kv, *need_rest), incoming,
+        )  # fmt: skip
+        return *grads, None, None, None, None, None
 
 
-def _second_gradients(ctx, incoming) -> list[torch.Tensor | None]:
-    """Gradients of (do, dlse, q, k, v, the optional tensors), from those of the seven gradients."""
+def second_gradients(fn, ctx, outputs: int, places, produced, incoming):
+    """Gradients of what `ctx` saved, from those of the gradients computed from it.
+
+    Args:
+        fn: the tensors that the call took -> a tuple of its outputs.
+        ctx: saved are the incoming gradients of the first `outputs` outputs, of which all but the
+            first may be None, and the tensors.
+        places: of each gradient, where the tensor that it belongs to is among the saved ones.
+        produced: whether that gradient was computed.
+        incoming: the gradient of each; None where there is none.
+    """
     saved = ctx.saved_tensors
-    # Positions in `saved`; lse's incoming gradient may be None, and only floats have gradients.
     wanted = [i for i in range(len(saved)) if ctx.needs_input_grad[i]]
-    need_q, need_kv, *need_rest = ctx.needs
-    produced = [need_q, need_kv, need_kv, *need_rest]  # of q, k, v, bias, table, alibi, sinks
-    places = [i for i, needed in zip((2, 3, 4, 6, 7, 11, 12), produced, strict=True) if needed]
+    places = [i for i, needed in zip(places, produced, strict=True) if needed]
     given = [g for g, needed in zip(incoming, produced, strict=True) if needed]
 
     def gradients(*values):
         tensors = list(saved)
         for i, x in zip(wanted, values, strict=True):
             tensors[i] = x
-        do, dlse = tensors[:2]
 
         def run(*inputs):
             full = list(tensors)
             for i, x in zip(places, inputs, strict=True):
                 full[i] = x
-            return _by_reference(full[2:], ctx.scalars)
+            return fn(*full[outputs:])
 
-        (out, lse), pull = torch.func.vjp(run, *(tensors[i] for i in places))
-        dlse = torch.zeros_like(lse) if dlse is None else dlse
-        return pull((do.to(out.dtype), dlse))
+        results, pull = torch.func.vjp(run, *(tensors[i] for i in places))
+        pairs = zip(tensors[:outputs], results, strict=True)
+        return pull(tuple(torch.zeros_like(y) if g is None else g.to(y.dtype) for g, y in pairs))
 
     first, pull = torch.func.vjp(gradients, *(saved[i] for i in wanted))
     given = [torch.zeros_like(x) if g is None else g for x, g in zip(first, given, strict=True)]
@@ -159,21 +177,27 @@ def _second_gradients(ctx, incoming) -> list[torch.Tensor | None]:
 
 def _by_reference(tensors, scalars) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `attention_fwd`, with the same arguments."""
-    q, k, v, mask, bias, table, seqlens_k, cu_q, cu_k, alibi_slopes, sinks, seed = tensors
-    (
-        causal, scale, left, right, softcap, dropout_p, bidirectional, max_distance, max_q, max_k
-    ) = scalars  # fmt: skip
+    q, k, v, *optional = tensors
+    options = reference_options(optional, scalars)
+    cu_q, cu_k, sinks = optional[4], optional[5], optional[7]
+    if cu_q is not None:
+        return reference.attention_varlen(
+            q, k, v, cu_q, cu_k, *scalars[-2:], sinks=sinks, return_lse=True, **options
+        )
+    return reference.attention(q, k, v, sinks=sinks, return_lse=True, **options)
+
+
+def reference_options(tensors, scalars) -> dict:
+    """The reference's options, from what `kernel_options` gives; without sinks and packing."""
+    mask, bias, table, seqlens_k, _, _, alibi_slopes, _, seed = tensors
+    causal, scale, left, right, softcap, dropout_p, bidirectional, max_distance, *_ = scalars
     if table is not None:
         bias = RelativeBias(table, bidirectional=bidirectional, max_distance=max_distance)
-    options = dict(
+    return dict(
         causal=False if causal == "none" else causal, softmax_scale=scale, mask=mask, bias=bias,
         window=tuple(None if side < 0 else side for side in (left, right)), seqlens_k=seqlens_k,
-        alibi_slopes=alibi_slopes, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
-        seed=seed, return_lse=True,
+        alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    if cu_q is not None:
-        return reference.attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, **options)
-    return reference.attention(q, k, v, **options)
 
 
 def last_stride_1(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops import _attention_decode, _attention_torch, _attention_triton
+from fastlm.ops import (
+    _attention_decode,
+    _attention_torch,
+    _attention_triton,
+    _attention_weights,
+)
 from fastlm.ops._attention_check import (
     check_new_keys,
     check_options,
@@ -18,8 +23,8 @@ from fastlm.ops._check import fail, make_seed, require_device, require_float, re
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
-_BACKENDS = {"torch": supports_all}
-_BACKENDS_VARLEN = {"triton": _attention_triton.refuses, "torch": supports_all}
+# Triton first: it reads less, and keeps nothing of the size of the scores but what it returns.
+_BACKENDS = {"triton": _attention_triton.refuses, "torch": supports_all}
 _DECODE_BACKENDS = {"triton": _attention_decode.refuses, "torch": supports_all}
 
 
@@ -81,7 +86,7 @@ def attention_varlen(
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
     q, k, v = to_common_dtype(q, k, v)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if choose(op, impl, _BACKENDS_VARLEN, q.device, q, v, options, packing) == "triton":
+    if choose(op, impl, _BACKENDS, q.device, q, v, options, packing) == "triton":
         q, k, v = (_attention_triton.last_stride_1(x) for x in (q, k, v))
         return _attention_triton.attention(q, k, v, options, packing)
     with _attention_torch.without_autocast(q.device):
@@ -187,7 +192,11 @@ def attention_weights(
 
     Returns:
         (batch, nheads, seqlen_q, seqlen_k) in the common dtype of q and k; 0 where a pair is not
-        allowed. Differentiable in q, k, lse, bias or its table, and alibi_slopes.
+        allowed. Differentiable in q, k, lse, bias or its table, and alibi_slopes; gradients of
+        gradients are the reference's.
+
+    Memory: beside the weights and their gradient, the Triton kernels hold nothing of their size,
+    unless the gradient's last stride is not 1, as of a plain sum: it is copied then.
     """
     op = "attention_weights"
     check_qkv(op, q, k, k, names=("q", "k", "k"))
@@ -203,8 +212,10 @@ def attention_weights(
     check_options(op, (batch, nheads, seqlen_q, k.shape[1]), q.device, options)
     del options["return_lse"]
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
-    choose(op, impl, _BACKENDS, q.device)
     q, k = to_common_dtype(q, k)
+    if choose(op, impl, _BACKENDS, q.device, q, k, options) == "triton":
+        q, k = (_attention_triton.last_stride_1(x) for x in (q, k))
+        return _attention_weights.attention_weights(q, k, lse, options)
     with _attention_torch.without_autocast(q.device):
         return reference.attention_weights(q, k, lse, **options)
 

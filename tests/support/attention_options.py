@@ -102,6 +102,32 @@ def build(case: dict) -> tuple[dict, dict]:
     return tensors, options
 
 
+def build_weights(case: dict) -> tuple[dict, dict]:
+    """(tensors, options) of a dense case for `attention_weights`; `call` takes both, lse as v."""
+    tensors, options = build(case)
+    _, lse = call(reference.attention, None, **tensors, **{**options, "return_lse": True})
+    for name in ("v", "sinks"):
+        tensors.pop(name, None)
+    del options["return_lse"]
+    return {**tensors, "lse": with_layout(lse, case["layout"])}, options
+
+
+def call_weights(fn, q, k, lse, **options) -> torch.Tensor:
+    """Calls `fn`, an attention_weights, with the arguments of a case."""
+    return call(fn, None, q, k, lse, **options)
+
+
+# What hides keys and rows from each other, as options of (5, 9) scores, and what is then unseen.
+MASKINGS = {
+    "causal": {"causal": "top_left"},
+    "more queries": {"causal": True},
+    "window": {"window": (1, 1), "causal": "top_left"},
+    "mask": {"mask": (torch.arange(9) != 5) & (torch.arange(5)[:, None] != 3)},
+    "seqlens_k": {"seqlens_k": torch.tensor([0, 6])},
+    "bias": {"bias": torch.zeros(9).masked_fill(torch.arange(9) > 5, float("-inf"))},
+}
+
+
 def call(fn, varlen, q, k, v, *, table=None, bidirectional=None, packing=None, **options):
     """Calls `fn`, or `varlen` where the sequences are packed."""
     if table is not None:

@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield from norm()
     yield from attention()
     yield from attention_options()
+    yield from attention_weights()
     yield from attention_decode()
     yield from ffn()
     yield from loss()
@@ -104,21 +105,49 @@ def attention() -> Iterator[Case]:
 
 
 def attention_options() -> Iterator[Case]:
-    """Each with its gradient. "options" may spill, see `broken_rules`."""
+    """Each with its gradient. "options-many" may spill, see `broken_rules`."""
+    ampere, hopper = "sm_80", "sm_90"
 
-    def case(label, dtype, headdim, **options):
+    def case(label, dtype, headdim, *targets, **options):
         def run():
             q, k, v = (tensor(2, 1024, 16, headdim, dtype=DTYPES[dtype]) for _ in range(3))
             forward_backward(fastlm.attention, q, k, v, **options)
 
-        return Case(f"attention-{dtype}-d{headdim}-options-{label}", run)
+        return Case(f"attention-{dtype}-d{headdim}-options-{label}", run, targets)
 
     table = tensor(32, 16)
     relative = fastlm.RelativeBias(table, bidirectional=True, max_distance=128)
+    mask = tensor(2, 1, 1, 1024, dtype=torch.bool)
+    dropout = {"dropout_p": 0.1, "seed": 1}
     yield case("bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
-    yield case("columns", "bf16", 128, bias=tensor(2, 1, 1, 1024))
-    yield case("table", "bf16", 64, bias=relative)
-    yield case("alibi", "fp32", 64, causal=True, alibi_slopes=tensor(16))
+    yield case("columns", "bf16", 128, ampere, hopper, bias=tensor(2, 1, 1, 1024))
+    yield case("table", "bf16", 64, ampere, hopper, "gfx942", bias=relative)
+    yield case("alibi", "fp32", 64, hopper, "gfx942", causal=True, alibi_slopes=tensor(16))
+    yield case("alibi", "bf16", 128, ampere, hopper, causal=True, alibi_slopes=tensor(16))
+    yield case("mask", "bf16", 64, ampere, hopper, "gfx942", mask=mask)
+    yield case("mask", "bf16", 128, ampere, hopper, mask=mask)
+    yield case("dropout", "bf16", 64, **dropout)
+    yield case("dropout", "bf16", 128, ampere, hopper, causal=True, **dropout)
+    yield case("window", "bf16", 64, hopper, window=(256, 0))
+    yield case("window", "bf16", 128, ampere, hopper, "gfx942", window=(256, 0))
+    yield case("lengths", "bf16", 128, hopper, seqlens_k=tensor(2, dtype=torch.int32))
+    yield case("many-bert", "bf16", 64, ampere, hopper, mask=mask, **dropout)
+    yield case("many-t5", "bf16", 64, hopper, bias=relative, mask=mask, **dropout)
+
+
+def attention_weights() -> Iterator[Case]:
+    def case(label, dtype, headdim, *targets, nheads_k=16, **options):
+        def run():
+            q = tensor(2, 1024, 16, headdim, dtype=DTYPES[dtype])
+            k = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
+            forward_backward(fastlm.attention_weights, q, k, tensor(2, 16, 1024), **options)
+
+        return Case(f"attention-{dtype}-d{headdim}-weights-{label}", run, targets)
+
+    yield case("aligned", "bf16", 64)
+    yield case("aligned-causal-gqa", "bf16", 128, nheads_k=4, causal=True)
+    yield case("plain", "fp32", 64, "sm_90", "gfx942")
+    yield case("options-columns", "bf16", 128, "sm_80", "sm_90", bias=tensor(2, 1, 1, 1024))
 
 
 def attention_decode() -> Iterator[Case]:

@@ -126,8 +126,9 @@ def broken_rules(row: Row) -> Iterator[str]:
     target = TARGETS[row.target]
     headdim = re.search(r"-d(\d+)", row.case)
     small = headdim is None or int(headdim[1]) <= 128
-    plain = "-options" not in row.case  # options of attention cost registers
-    if row.spills and small and plain and target.backend == "cuda":
+    # Options of attention cost registers: one at a time they may not spill, on what is swept.
+    many = "-options-many" in row.case or ("-options" in row.case and row.target == "sm_100")
+    if row.spills and small and not many and target.backend == "cuda":
         yield f"spills {row.spills} bytes"
     if row.shared > target.shared:
         yield f"needs {row.shared} bytes of shared memory, {row.target} has {target.shared}"
