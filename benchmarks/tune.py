@@ -60,12 +60,12 @@ class Result:
     unit: str
 
 
-def attention_candidates() -> Iterator[AttentionConfig]:
-    for m, n, warps, stages in itertools.product(
-        (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
+def attention_candidates(tma: tuple[bool, ...] = (False,)) -> Iterator[AttentionConfig]:
+    for m, n, warps, *rest in itertools.product(
+        (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4), tma
     ):
         if m * n >= 128 * warps:  # smaller tiles leave warps without work
-            yield AttentionConfig(m, n, warps, stages)
+            yield AttentionConfig(m, n, warps, *rest)
 
 
 def row_candidates(cols: int) -> Iterator[RowConfig]:
@@ -129,7 +129,9 @@ def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
         def choose(original, config, part=part):
             return lambda which, *rest: config if which == part else original(which, *rest)
 
-        best = sweep(case, direction, module, "attention_config", choose, attention_candidates())
+        tma = (True, False) if target(device) in ("sm_90", "sm_100") else (False,)
+        candidates = attention_candidates(tma)
+        best = sweep(case, direction, module, "attention_config", choose, candidates)
         name, key, width = place(part, device, headdim, dtype)
         # Where options take registers, `attention_config` takes smaller tiles than the table's.
         halved = " after halving" if {"bias", "mask"} & set(case.tensors) else ""

@@ -28,9 +28,12 @@ from fastlm.kernels.attention_dbias import (
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
+    block_descriptors,
     key_ranges,
+    load_block,
     logits,
     option_arguments,
+    place_in_blocks,
     probabilities,
     seen_keys,
     sequence,
@@ -94,7 +97,7 @@ def _attention_bwd_delta_kernel(
 def _add_dq(
     dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low,
     first_key, last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
-    batch, head,
+    batch, head, k_desc, v_desc, place,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -104,8 +107,14 @@ def _add_dq(
     MASKED: no row sees keys below `low` and from `end` on; they may hold NaN.
     """
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT)
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
+        if k_desc is not None and not MASKED:
+            k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
+            v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
+        else:
+            k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT)
+            v = load_rows(
+                v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
+            )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         local = tl.arange(0, BLOCK_N)
         cols = start + local
@@ -139,7 +148,7 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, k_desc, v_desc, lse_ptr, lse_low_ptr, delta_ptr, dq_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -157,6 +166,7 @@ def _attention_bwd_dq_kernel(
     """dq of one tile of queries of one head. Strides count UNIT elements.
 
     M, N: lengths, of packed sequences the longest's. T: rows of a head in lse and delta.
+    k_desc, v_desc: from `block_descriptors`, for the blocks of keys that all rows see, or None.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
@@ -181,6 +191,7 @@ def _attention_bwd_dq_kernel(
     if cu_q_ptr is not None:
         dq_ptr -= batch * M * H * D
         stats += first_q - batch * H * T
+    place = place_in_blocks(batch, first_k, head_k, cu_k_ptr)
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
@@ -199,20 +210,20 @@ def _attention_bwd_dq_kernel(
         dq = _add_dq(
             dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
             begin, tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
-            options, seed_ptr, threshold, dropout_scale, batch, head, D, DV, True, True,
-            PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            options, seed_ptr, threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV,
+            True, True, PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full,
         full_end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, dropout_scale, batch, head, D, DV, False, False, PLAIN, FORBIDS,
-        PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV, False, False, PLAIN,
+        FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
         full_end, end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, dropout_scale, batch, head, D, DV, True, HAS_LEFT, PLAIN, FORBIDS,
-        PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV, True, HAS_LEFT, PLAIN,
+        FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq *= scale
     store_rows(dq_ptr, first_row, H.to(tl.int64) * D, n_q, dq, BLOCK_M, D, BLOCK_D)
@@ -223,6 +234,7 @@ def _add_dk_dv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm, stride_qh,
     stride_dom, stride_doh, GROUP, M, N, T, begin, count, full, jump, first_row, last_row,
     first_col, diagonal, scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
+    q_desc, do_desc, batch_q, first_q,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, FORBIDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -242,10 +254,17 @@ def _add_dk_dv(
         if MASKED:
             tile = tl.where(tile < full, tile, tile + jump)
         start = tile * BLOCK_M
-        q = load_rows(q_ptr + head * stride_qh, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED)
-        do = load_rows(
-            do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED
-        )
+        if q_desc is not None and not MASKED:
+            place = (batch_q, first_q, (head_0 + head).to(tl.int32))
+            q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
+            do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
+        else:
+            q = load_rows(
+                q_ptr + head * stride_qh, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED
+            )
+            do = load_rows(
+                do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED
+            )
         stats = head * T + start + rows
         if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
             lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
@@ -298,7 +317,7 @@ def _add_dk_dv(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_bwd_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, lse_ptr, lse_low_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -315,6 +334,7 @@ def _attention_bwd_dk_dv_kernel(
 ):  # fmt: skip
     """dk and dv of one block of keys of one key head, over all query heads of its group.
 
+    q_desc, do_desc: from `block_descriptors`, for the rows that see all of the keys, or None.
     Keys from N on get nonsense in rows of their own, which are not stored, or stored as 0.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(N, BLOCK_N), False, section)
@@ -347,6 +367,7 @@ def _attention_bwd_dk_dv_kernel(
     delta_ptr += stats
     if lse_low_ptr is not None:
         lse_low_ptr += stats
+    batch_q, first_q, _ = place_in_blocks(batch, first_q, head, cu_q_ptr)
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     # Keys that no row sees are not read, nor the last rows if they see no key; they may hold NaN.
@@ -387,15 +408,15 @@ def _attention_bwd_dk_dv_kernel(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
         stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
         full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
-        options, seed_ptr, threshold, dropout_scale, D, DV, True, HAS_LEFT, HAS_RIGHT,
-        PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        options, seed_ptr, threshold, dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV,
+        True, HAS_LEFT, HAS_RIGHT, PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
         stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
         full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
-        head, options, seed_ptr, threshold, dropout_scale, D, DV, False, HAS_LEFT, HAS_RIGHT,
-        PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        head, options, seed_ptr, threshold, dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV,
+        False, HAS_LEFT, HAS_RIGHT, PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk *= scale
     if seqlens_k_ptr is not None:
@@ -516,18 +537,22 @@ def attention_bwd(
 
 def _launch(which, inputs, outputs, strides, batch, call, options: Options) -> None:
     """Runs the kernel of dq, or that of dk and dv."""
-    q, k, v = inputs[:3]
+    q, k, v, do, *stats = inputs
     widest = max(call["D"], call["DV"])
     config = attention_config(which, q.device, widest, q.dtype, call["UNIT"], options.burden)
     row_bytes = (call["D"] + call["DV"]) * q.element_size()
     if which == "dq":
         kernel, heads, head_bytes = _attention_bwd_dq_kernel, call["H"], call["N"] * row_bytes
         tiles = ceil_div(call["M"], config.block_m)
+        rows, blocks = config.block_n, (k, v)
     else:
         kernel, heads = _attention_bwd_dk_dv_kernel, k.shape[2]
         head_bytes = call["GROUP"] * call["M"] * row_bytes
         tiles = ceil_div(call["N"], config.block_n)
+        rows, blocks = config.block_m, (q, do)
     section = attention_section(q.device, options.causal, head_bytes, batch * heads)
+    descriptors = block_descriptors(rows, *blocks) if config.tma else (None, None)
     kernel[(tiles * batch * heads,)](
-        *inputs, *outputs, *strides, section=section, **call, **config.options()
-    )
+        q, k, v, do, *descriptors, *stats, *outputs, *strides, section=section, **call,
+        **config.options(),
+    )  # fmt: skip

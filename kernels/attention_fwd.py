@@ -23,9 +23,12 @@ import triton.language as tl
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
+    block_descriptors,
     key_ranges,
+    load_block,
     logits,
     option_arguments,
+    place_in_blocks,
     seen_keys,
     sequence,
     zero_rows,
@@ -53,9 +56,51 @@ RUNTIME += [f"stride_{x}" for x in ("qb", "qm", "qh", "kb", "kn", "kh", "vb", "v
 
 
 @triton.jit
+def _softmax(s, m_i, l_i, scale_log2):
+    """(p, alpha, m, l): adds a block that all rows see to the running maximum and sum."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend_whole(
+    acc, m_i, l_i, q, k_desc, v_desc, place, begin, end, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`_attend` for PLAIN calls without dropout and keys that all rows see, by descriptors.
+
+    Each product with v is issued one block late: it then runs beside a softmax that does not need
+    it. Before the first block p is 0, and v lies before the tensor, where it reads as 0.
+    """
+    # What the late product reads must not be written beside it. fp32 takes registers, that there
+    # are for narrow heads; halves take moves.
+    P: tl.constexpr = tl.float32 if BLOCK_DV <= 64 else q.dtype
+    p = tl.zeros([BLOCK_M, BLOCK_N], P)
+    alpha = tl.full([BLOCK_M], 1.0, tl.float32)
+    before = -place[1] - BLOCK_N
+    for start in range(begin, end, BLOCK_N):
+        k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        late = tl.where(start > begin, start - BLOCK_N, before)
+        v = load_block(v_desc, place, late, BLOCK_N, BLOCK_DV)
+        if P != tl.float32:  # else p goes through shared memory, and its product is waited for
+            p = p.to(tl.int16, bitcast=True).to(P, bitcast=True)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale * LOG2_E)
+        p = p.to(P)
+    if begin < end:
+        v = load_block(v_desc, place, end - BLOCK_N, BLOCK_N, BLOCK_DV)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_i, l_i
+
+
+@triton.jit
 def _attend(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key, last_key,
-    rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head,
+    rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head, k_desc, v_desc, place,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
     PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -67,9 +112,17 @@ def _attend(
     """
     scale_log2 = scale * LOG2_E
     for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
+        if k_desc is not None and not MASKED:
+            k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
+        else:
+            k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        v = load_rows(v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT)
+        if k_desc is not None and not MASKED:
+            v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
+        else:
+            v = load_rows(
+                v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
+            )
         local = tl.arange(0, BLOCK_N)
         cols = start + local
         if not PLAIN:
@@ -86,7 +139,9 @@ def _attend(
             if HAS_LEFT:
                 seen = seen & (cols[None, :] >= first_key[:, None])
             s = tl.where(seen, s, float("-inf"))
-        if MASKED or not PLAIN:
+        if PLAIN and not MASKED:
+            p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
+        else:
             m_new = tl.maximum(m_i, tl.max(s, 1))
             # A row that has seen no key yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -96,12 +151,8 @@ def _attend(
             else:
                 p = tl.exp2((s - shift[:, None]) * LOG2_E)
                 alpha = tl.exp2((m_i - shift) * LOG2_E)
-        else:
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_new
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
             p = tl.where(keep, p, 0.0)
@@ -111,7 +162,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lse_low_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, lse_low_ptr, sinks_ptr,
     stride_qb: tl.int64, stride_qm: tl.int64, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int64, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
@@ -128,6 +179,7 @@ def _attention_fwd_kernel(
     """One tile of queries of one head. Strides count UNIT elements: what they are aligned to.
 
     M, N: lengths, of packed sequences the longest's. T: rows of a head in lse.
+    k_desc, v_desc: from `block_descriptors`, for the blocks of keys that all rows see, or None.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
@@ -146,6 +198,7 @@ def _attention_fwd_kernel(
     q_ptr += (batch * stride_qb + first_q * stride_qm + head * stride_qh) * UNIT
     k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
+    place = place_in_blocks(batch, first_k, head_k, cu_k_ptr)
     FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
@@ -160,20 +213,26 @@ def _attention_fwd_kernel(
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
             tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
-            options, seed_ptr, threshold, batch, head, D, DV, True, True, PLAIN,
-            FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            options, seed_ptr, threshold, batch, head, k_desc, v_desc, place, D, DV, True, True,
+            PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if k_desc is not None and PLAIN and seed_ptr is None:
+        acc, m_i, l_i = _attend_whole(
+            acc, m_i, l_i, q, k_desc, v_desc, place, full, full_end, scale, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    else:
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
+            first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr, threshold,
+            batch, head, k_desc, v_desc, place, D, DV, False, False, PLAIN, FORBIDS, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
-        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, batch, head, D, DV, False, False, PLAIN, FORBIDS, PRECISION,
-        BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end, low,
-        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
-        threshold, batch, head, D, DV, True, HAS_LEFT, PLAIN, FORBIDS, PRECISION,
-        BLOCK_N, BLOCK_D, BLOCK_DV,
+        first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr, threshold, batch,
+        head, k_desc, v_desc, place, D, DV, True, HAS_LEFT, PLAIN, FORBIDS, PRECISION, BLOCK_N,
+        BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dead = m_i == float("-inf")
@@ -251,10 +310,11 @@ def attention_fwd(
     config = attention_config(
         "fwd", q.device, max(headdim, headdim_v), q.dtype, unit, options.burden
     )
+    descriptors = block_descriptors(config.block_n, k, v) if config.tma else (None, None)
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()
     _attention_fwd_kernel[(tiles * batch * nheads,)](
-        q, k, v, out, lse, lse_low, options.sinks, *strides,
+        q, k, v, *descriptors, out, lse, lse_low, options.sinks, *strides,
         H=nheads,
         GROUP=nheads // k.shape[2],
         M=seqlen_q,

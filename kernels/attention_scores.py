@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args
+from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args, next_power_of_2
 from fastlm.kernels.primitives import LOG2_E, relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
@@ -159,6 +160,27 @@ def zero_rows(x, keep):
 
 
 @triton.jit
+def place_in_blocks(batch, first, head, cu_ptr):
+    """(batch, row, head) where a sequence of a head begins, for `load_block`."""
+    if cu_ptr is not None:
+        batch = batch * 0
+    return batch.to(tl.int32), first.to(tl.int32), head.to(tl.int32)
+
+
+@triton.jit
+def load_block(desc, place, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [start, start + ROWS) of a sequence of a head, by the copy engine.
+
+    Args:
+        desc: from `block_descriptors`. Rows outside of its tensor are 0, those of other sequences
+            are not.
+        place: from `place_in_blocks`.
+    """
+    batch, first, head = place
+    return desc.load([batch, first + start, head, 0]).reshape(ROWS, BLOCK_D)
+
+
+@triton.jit
 def seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """(first, last) key that each row may see by its place; nothing where first > last."""
     last = tl.zeros_like(rows) + (n_k - 1)
@@ -278,6 +300,23 @@ def option_arguments(lengths: tuple[int, int], dtype: torch.dtype, options: Opti
         HAS_RIGHT=window_right >= 0 or causal != "none",
         PLAIN=dtype != torch.float32 and softcap == 0.0 and all(x is None for x in scored),
     )  # fmt: skip
+
+
+def block_descriptors(
+    rows: int, *tensors: torch.Tensor
+) -> tuple[TensorDescriptor, ...] | tuple[None, ...]:
+    """Descriptors for `load_block` of (batch, seqlen, nheads, headdim), or None for each if one
+    tensor is empty, is not aligned to 16 bytes in each of its dimensions, or repeats one."""
+    descriptors = []
+    for x in tensors:
+        unit = 16 // x.element_size()
+        # Strides of dimensions of size 1 mean nothing, but have to be aligned.
+        strides = [s if n > 1 else unit for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
+        if not x.numel() or x.data_ptr() % 16 or any(s % unit or s == 0 for s in strides):
+            return (None,) * len(tensors)
+        block = [1, rows, 1, max(16, next_power_of_2(x.shape[-1]))]
+        descriptors.append(TensorDescriptor(x, list(x.shape), [*strides, 1], block))
+    return tuple(descriptors)
 
 
 def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int]:

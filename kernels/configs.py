@@ -105,12 +105,17 @@ def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Tiles of `block_m` queries and `block_n` keys."""
+    """Tiles of `block_m` queries and `block_n` keys.
+
+    tma: blocks that need no mask are loaded by the copy engine, through tensor descriptors, if the
+    tensors' alignment allows it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -233,6 +238,9 @@ _ATTENTION = {
         ),
     },
 }  # fmt: skip
+# (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of
+# most attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
+_TMA = {("sm_90", "half")}
 # (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
 # halves: no spills of any one option up to burden 3.
 _BURDENED = {
@@ -285,12 +293,12 @@ def attention_config(
     if arithmetic == "half" and headdim <= 128 and (name, which) in _BURDENED:
         fitting = [row for least, row in _BURDENED[name, which].items() if least <= burden]
         if fitting:
-            return AttentionConfig(*fitting[-1][headdim > 64])
+            m, n, warps, stages = fitting[-1][headdim > 64]
     elif burden > 1 and which == "dkv":
         m, stages = max(m // 2, 16), min(stages, 2)
     elif burden > 1:
         n, stages = max(n // 2, 16), min(stages, 2)
-    return AttentionConfig(m, n, warps, stages)
+    return AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.

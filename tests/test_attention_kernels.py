@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from fastlm.kernels import attention_bwd as bwd
 from fastlm.kernels import attention_fwd as fwd
-from fastlm.kernels.attention_scores import Options
+from fastlm.kernels.attention_scores import Options, block_descriptors
 from fastlm.reference import attention as reference
 from fastlm.testing import check_against_reference, nan_filled_empty, randn
 
@@ -72,10 +73,10 @@ def check(inputs, **options):
         return check_against_reference(kernels, specification, inputs, **options)
 
 
-def launch(inputs, do, dlse=None, causal="bottom_right"):
+def launch(inputs, do, dlse=None, causal="bottom_right", **others):
     """out, lse, dq, dk, dv, without autograd, which might change layouts."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    options = Options(causal=causal, softmax_scale=SCALE)
+    options = Options(causal=causal, softmax_scale=SCALE, **others)
     out, lse, lse_low = fwd.attention_fwd(q, k, v, options, q.dtype == torch.float32)
     return out, lse, *backward(do, q, k, v, out, lse, lse_low, dlse, options)
 
@@ -311,6 +312,82 @@ def test_kernels_offsets_past_2_31(far, device):
     results = launch({"q": q, "k": k, "v": v}, do)
     copies = [x.contiguous() for x in tensors]
     assert_same_bits(results, launch(dict(zip("qkv", copies, strict=False)), copies[3]))
+
+
+def launch_with_descriptors(monkeypatch, *args, **options):
+    """`launch` by configurations with `tma`."""
+    with monkeypatch.context() as patch:
+        for module in (fwd, bwd):
+            config = module.attention_config
+            patch.setattr(
+                module, "attention_config", lambda *a, config=config: replace(config(*a), tma=True)
+            )
+        return launch(*args, **options)
+
+
+DESCRIBED = [(torch.bfloat16, 16), (torch.float16, 40), (torch.bfloat16, 72)]
+
+
+@pytest.mark.parametrize("dtype,headdim", DESCRIBED, ids=str)
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_kernels_descriptors(causal, dtype, headdim, device, monkeypatch):
+    """Not a bit depends on who loads: several blocks, head dims that are padded, grouped heads."""
+    inputs = qkv(70, 85, nheads_k=1, headdim=headdim, dtype=dtype, device=device)
+    do = randn(*inputs["q"].shape, dtype=dtype, device=device, seed=3)
+    results = launch_with_descriptors(monkeypatch, inputs, do, causal=causal)
+    assert_same_bits(results, launch(inputs, do, causal=causal))
+
+
+OPTIONS = {
+    "window": lambda: {"window_left": 40, "window_right": 5},
+    "dropout": lambda: {"dropout_p": 0.3, "seed": torch.tensor([7])},
+    "softcap": lambda: {"softcap": 2.0},
+    "mask": lambda: {"mask": randn(1, 1, 40, 70) > 0},
+    "lengths": lambda: {"seqlens_k": torch.tensor([70, 37])},
+    "packed": lambda: {
+        "cu_seqlens_q": torch.tensor([0, 30, 80], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 70, 140], dtype=torch.int32),
+        "max_seqlen_q": 50,
+        "max_seqlen_k": 70,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kernels_descriptors_with_options(name, device, monkeypatch):
+    """Also where a window has whole blocks left of them, and tokens of another sequence hold NaN.
+
+    A packed sequence's first product with v is by a block before it: that block is 0, not NaN.
+    """
+    inputs = qkv(40, 70, batch=2, nheads=1, dtype=torch.float16, device=device)
+    do = randn(*inputs["q"].shape, dtype=torch.float16, device=device, seed=3)
+    options = {n: x.to(device) if torch.is_tensor(x) else x for n, x in OPTIONS[name]().items()}
+    if name == "packed":
+        inputs, do = {n: x.flatten(0, 1) for n, x in inputs.items()}, do.flatten(0, 1)
+        inputs["k"][:70] = inputs["v"][:70] = float("nan")
+    results = launch_with_descriptors(monkeypatch, inputs, do, causal="none", **options)
+    expected = launch(inputs, do, causal="none", **options)
+    if name == "packed":
+        out, lse, dq, dk, dv = results
+        assert not out[30:].isnan().any() and not dk[70:].isnan().any() and out[:30].isnan().all()
+        results, expected = ([x.nan_to_num(9.0) for x in y] for y in (results, expected))
+    assert_same_bits(results, expected)
+
+
+def test_block_descriptors():
+    """What the copy engine cannot address is left to pointers."""
+    x = torch.empty(2, 8, 4, 24, dtype=torch.float16)
+    (found,) = block_descriptors(16, x)
+    assert found.strides == [768, 96, 24, 1] and found.block_shape == [1, 16, 1, 32]
+    (found,) = block_descriptors(16, x.as_strided((1, 8, 1, 24), (3, 96, 5, 1)))
+    assert found.strides == [8, 96, 8, 1]
+    for other in (
+        x[..., 1:9],  # base
+        torch.empty(2, 8, 4, 20, dtype=torch.float16),  # strides
+        x[:1].expand(2, 8, 4, 24),
+        x[:, :0],
+    ):
+        assert block_descriptors(16, x, other) == (None, None)
 
 
 class Spy:

@@ -219,7 +219,7 @@ def test_tune_sweeps_attention(kind, monkeypatch):
     for name in ("attention_case", "decode_case"):
         monkeypatch.setattr(tune, name, partial(interpreted, getattr(tune, name)))
     wanted = [tune.AttentionConfig(16, 16, 4, 1), tune.AttentionConfig(32, 32, 4, 1)]
-    monkeypatch.setattr(tune, "attention_candidates", lambda: wanted)
+    monkeypatch.setattr(tune, "attention_candidates", lambda tma: wanted)
     monkeypatch.setattr(tune, "decode_candidates", lambda: [(32, 2, 1, 1), (32, 2, 1, 3)])
     args = Namespace(part=[kind], headdim=[512], seqlen=20, batch=1, variant="causal", group=2)
     if kind == "decode":
@@ -243,7 +243,8 @@ def test_tune_names_the_place_that_attention_config_reads(headdim, target, monke
     for part, dtype in itertools.product(tune.PARTS, (torch.bfloat16, torch.float32)):
         name, key, width = tune.place(part, CPU, headdim, dtype)
         row = configs._ATTENTION[name][key][(32, 64, 128, 256, 512).index(width)]
-        assert row == astuple(configs.attention_config(part, CPU, headdim, dtype, 8, 0))
+        config = astuple(configs.attention_config(part, CPU, headdim, dtype, 8, 0))
+        assert config == (*row, (name, key[0]) in configs._TMA)
 
 
 def interpreted(make, *call):

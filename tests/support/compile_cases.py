@@ -80,10 +80,11 @@ def attention() -> Iterator[Case]:
     """Head dims 64 and 128, causal or not, on every NVIDIA target or on two: 5 to 15 s a case."""
     nvidia, ampere, hopper = ("sm_80", "sm_90", "sm_100"), "sm_80", "sm_90"
 
-    def case(label, dtype, headdim, *targets, nheads=16, nheads_k=16, seqlen_q=1024, **options):
+    def case(label, dtype, headdim, *targets, nheads=16, nheads_k=16, seqlen_q=1024, gap=0,
+             **options):  # fmt: skip
         def run():
             q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype])
-            k = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
+            k = tensor(2, 1024, nheads_k, headdim + gap, dtype=DTYPES[dtype])[..., :headdim]
             v = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
             forward_backward(fastlm.attention, q, k, v, **options)
 
@@ -95,6 +96,8 @@ def attention() -> Iterator[Case]:
     yield case("causal", "bf16", 128, causal=True)
     yield case("causal", "bf16", 256, ampere, hopper, "gfx942", causal=True)
     yield case("full", "fp16", 17, ampere, hopper)
+    yield case("full", "fp16", 80, hopper)
+    yield case("pointers", "bf16", 64, hopper, gap=4)  # no descriptors for strides of 8 bytes
     lengths = {"nheads_k": 4, "seqlen_q": 333, "causal": "top_left"}
     yield case("causal-gqa-lengths", "bf16", 40, *nvidia, **lengths)
     yield case("causal", "fp32", 64, hopper, "gfx942", causal=True)

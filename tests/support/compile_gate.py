@@ -62,7 +62,8 @@ class Row:
 
     `spills` and `shared` are bytes (spills on AMD: registers). Half of the bytes that the kernel's
     load instructions read come in pieces of at least `load_bits`. `dot` is the instruction of its
-    matrix products.
+    matrix products; "wgmma, serial" where ptxas found that it has to wait for each (C7510 to C7520
+    in its log).
     """
 
     target: str
@@ -137,6 +138,9 @@ def broken_rules(row: Row) -> Iterator[str]:
     few_rows = "-decode" in row.case  # wgmma wants 64 rows, the queries of decoding fill 16
     if row.target == "sm_90" and half and row.dot == "mma" and not few_rows:
         yield "multiplies with mma.sync instead of wgmma"
+    aligned = headdim is not None and int(headdim[1]) % 8 == 0 and "-pointers" not in row.case
+    if row.dot == "wgmma, serial" and half and plain and aligned and not few_rows:
+        yield "waits for each wgmma before the next"
     if "-aligned" in row.case and target.backend == "cuda" and 0 < row.load_bits < 128:
         yield f"loads {row.load_bits} bits at a time, 128 are possible"
 
@@ -236,7 +240,8 @@ def _nvidia_resources(asm, log: str) -> tuple[int, int, int, str]:
     widths = [int(vector or 1) * int(bits) for vector, bits in loads]
     widths += [128] * len(re.findall(r"cp\.async\.(?:cg|bulk)", ptx))  # 16 bytes, and whole tiles
     dots = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
-    return registers, spills, _median_by_size(widths), _first(dots, ptx)
+    serial = ", serial" if "wgmma.mma_async instructions are serialized" in log else ""
+    return registers, spills, _median_by_size(widths), _first(dots, ptx) + serial
 
 
 def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:

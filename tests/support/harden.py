@@ -37,14 +37,14 @@ def install() -> None:
 def _check_accesses(builder) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def masked_load(pointers, mask, other, *rest):
+    def masked_load(pointers, mask, other, *rest, **named):
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         _require_in_bounds(pointers, mask, dtype.itemsize, "load")
         if other is None:
             poison = np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
             other = interpreter.TensorHandle(np.full(pointers.data.shape, poison, dtype), element)
-        return load(pointers, mask, other, *rest)
+        return load(pointers, mask, other, *rest, **named)
 
     def masked_store(pointers, value, mask, *rest):
         _require_in_bounds(pointers, mask, value.data.itemsize, "store")
