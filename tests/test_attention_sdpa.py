@@ -1,6 +1,8 @@
 """scaled_dot_product_attention against torch's function of that name."""
 
 import inspect
+import itertools
+import math
 
 import pytest
 import torch
@@ -26,6 +28,15 @@ def compare(tensors, **options):
     return check_against_reference(
         fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention, tensors, **options
     )
+
+
+@pytest.fixture(params=["triton", "torch"])
+def impl(request, monkeypatch):
+    """Torch's signature has no impl."""
+    original = sdpa.attention_as
+    on = lambda op, q, k, v, _, **options: original(op, q, k, v, request.param, **options)
+    monkeypatch.setattr(sdpa, "attention_as", on)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,21 +175,196 @@ def test_sdpa_compiles_fullgraph():
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+# What follows are the cases of torch's own tests (test/test_transformers.py).
+Q, K = (2, 2, 9, 8), (2, 2, 13, 8)
+MASKS = [
+    (9, 13), (9, 1), (1, 13), (1, 1), (2, 9, 13), (1, 9, 13),
+    *itertools.product((2, 1), (2, 1), (9, 1), (13, 1)),
+]  # fmt: skip
+
+
+def qkv(query=Q, key=K, value=None, dtype=torch.float32):
+    shapes = {"query": query, "key": key, "value": key if value is None else value}
+    return {n: randn(*shape, dtype=dtype, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_sdpa_mask_shapes(shape, additive, dtype, impl):
+    mask = randn(*shape, dtype=dtype, seed=3)
+    if additive:
+        compare(qkv(dtype=dtype) | {"attn_mask": mask}, frozen=("attn_mask",))
+    else:
+        compare(qkv(dtype=dtype), attn_mask=mask > 0)
+
+
+@pytest.mark.parametrize("mask", [randn(13, seed=3), randn(13, seed=3) > 0], ids=["add", "bool"])
+def test_sdpa_mask_of_one_dimension(mask, impl):
+    """Torch's fused CPU kernel has no case for it, its others do."""
+    actual = fastlm.scaled_dot_product_attention(**qkv(), attn_mask=mask)
+    assert torch.equal(actual, fastlm.scaled_dot_product_attention(**qkv(), attn_mask=mask[None]))
+
+
+def test_sdpa_mask_of_fp32_beside_halves(impl):
+    """Not `compare`: its fp64 copies take the mask in fp64 alone."""
+    mask = randn(9, 13, seed=3)
+    widened = lambda x: mask.double() if x.dtype == torch.float64 else mask
+    check_against_reference(
+        lambda **kw: fastlm.scaled_dot_product_attention(**kw, attn_mask=mask),
+        lambda **kw: F.scaled_dot_product_attention(**kw, attn_mask=widened(kw["query"])),
+        qkv(dtype=torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("scale", [-1e4, -0.5, 0.0, 3])
+def test_sdpa_scales(scale, impl):
+    """Negative ones too; logits of tens of thousands."""
+    x = randn(1, 3, 20, 16)
+    compare({"query": x, "key": x, "value": x}, scale=scale)
+
+
+def test_sdpa_band_of_infinities(impl):
+    full = torch.full((70, 70), -math.inf)
+    band = torch.triu(full, diagonal=1) + torch.tril(full, diagonal=-10)
+    fn = lambda sdpa: lambda **kw: sdpa(**kw, attn_mask=band.to(kw["query"].dtype))
+    check_against_reference(
+        fn(fastlm.scaled_dot_product_attention), fn(F.scaled_dot_product_attention),
+        qkv((1, 2, 70, 8), (1, 2, 70, 8)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries,keys", [(13, 9), (9, 13), (1, 13), (13, 1)])
+def test_sdpa_causal_is_top_left(queries, keys, impl):
+    compare(qkv((4, 4, queries, 8), (4, 4, keys, 8)), is_causal=True)
+
+
+STRIDED = {
+    "packed": lambda: randn(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0),
+    "last_stride": lambda: [randn(2, 2, 8, 9, seed=i).transpose(2, 3) for i in range(3)],
+    "overlapping": lambda: [randn(40, seed=i).as_strided((2, 2, 8, 8), (2,) * 4) for i in range(3)],
+    "no_stride": lambda: [
+        randn(2304 * 3).as_strided((3, 4, 1, 8), (2304, 128, 2048, 1)),
+        *(randn(3584 * 3, seed=i).as_strided((3, 4, 14, 8), (3584, 0, 256, 1)) for i in (1, 2)),
+    ],
+    "unaligned": lambda: [randn(2, 2, 8, 6, seed=i)[..., 1:] for i in range(3)],
+    "singleton": lambda: [
+        randn(1, 1, 1, 2).transpose(2, 3), randn(1, 1, 1, 1, seed=1), randn(1, 1, 1, 1, seed=2),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STRIDED)
+def test_sdpa_strides(name, dtype, impl):
+    """Forward alone: a gradient of overlapping memory is another matter, and contiguous."""
+    tensors = dict(zip(("query", "key", "value"), STRIDED[name](), strict=True))
+    half = {n: x.to(dtype) for n, x in tensors.items()}
+    if dtype == torch.float32:
+        assert all(half[n] is x for n, x in tensors.items())
+    compare(half, backward=False)
+
+
+def test_sdpa_mask_strides(impl):
+    mask = randn(2, 2, 9, 13, seed=3)
+    for strided in (
+        mask.as_strided((2, 2, 9, 13), (0, 0, 0, 1)),
+        mask.transpose(0, 1),
+        randn(2, 2, 13, 9).transpose(2, 3),
+        randn(2, 2, 9, 26)[..., 1::2],
+    ):
+        compare(qkv() | {"attn_mask": strided}, backward=False)
+        compare(qkv(), attn_mask=strided > 0, backward=False)
+
+
+@pytest.mark.parametrize("headdim,headdim_v", [(1, 1), (5, 5), (57, 57), (16, 20), (20, 4)])
+def test_sdpa_head_dims(headdim, headdim_v, impl):
+    compare(qkv((1, 2, 9, headdim), (1, 2, 7, headdim), (1, 2, 7, headdim_v)))
+
+
+def test_sdpa_large_values_are_finite(impl):
+    x = torch.full((1, 1, 1, 64), 133120.0, dtype=torch.bfloat16)
+    assert torch.equal(fastlm.scaled_dot_product_attention(x, x, x), x)
+
+
+EMPTY = {
+    "batch": [(0, 2, 9, 8), (0, 2, 13, 8)],
+    "heads": [(2, 0, 9, 8), (2, 0, 13, 8)],
+    "queries": [(2, 2, 0, 8), K],
+    "keys": [Q, (2, 2, 0, 8)],
+    "everything": [(0, 0, 0, 0), (0, 0, 0, 0)],
+    "head_dim": [(2, 2, 9, 0), (2, 2, 13, 0), K],
+    "value_dim": [Q, K, (2, 2, 13, 0)],
+}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", EMPTY)
+def test_sdpa_empty(name, is_causal, impl):
+    """0 where there are no keys. (Torch's fused kernel leaves that memory as it was.)"""
+    tensors = {n: x.requires_grad_() for n, x in qkv(*EMPTY[name]).items()}
+    out = fastlm.scaled_dot_product_attention(**tensors, is_causal=is_causal)
+    expected = F.scaled_dot_product_attention(**tensors, is_causal=is_causal)
+    assert out.shape == expected.shape and out.dtype == expected.dtype
+    if name == "head_dim":  # the mean of value
+        assert torch.equal(out, expected)
+    elif out.numel():
+        assert name == "keys" and not out.any()
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()), allow_unused=True)
+    for grad, x in zip(grads, tensors.values(), strict=True):
+        assert grad is None or (grad.shape == x.shape and grad.isfinite().all())
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_sdpa_gradcheck(contiguous, check):
+    packed = randn(2, 4, 3, 2, 4, dtype=torch.float64).permute(2, 0, 3, 1, 4).unbind(0)
+    inputs = [x.contiguous() if contiguous else x for x in packed]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    assert check(lambda *qkv: fastlm.scaled_dot_product_attention(*qkv, is_causal=True), inputs)
+
+
+X = torch.ones(2, 4, 5, 8)
+REFUSED = {
+    "dtypes": lambda sdpa: sdpa(X, X.half(), X.half()),
+    "devices": lambda sdpa: sdpa(X, X.to("meta"), X.to("meta")),
+    "one_dim": lambda sdpa: sdpa(X[0, 0, 0], X[0, 0], X[0, 0]),
+    "headdim": lambda sdpa: sdpa(X, X[..., :4], X),
+    "nheads": lambda sdpa: sdpa(X, X[:, :3], X[:, :3]),
+    "gqa": lambda sdpa: sdpa(X, X[:, :3], X[:, :3], enable_gqa=True),
+    "mask_shape": lambda sdpa: sdpa(X, X, X, torch.ones(3, 5)),
+    "mask_dims": lambda sdpa: sdpa(X, X, X, torch.ones(3, 2, 4, 5, 5)),
+    "mask_dtype": lambda sdpa: sdpa(X, X, X, torch.ones(5, 5, dtype=torch.int32)),
+    "mask_half": lambda sdpa: sdpa(X, X, X, torch.ones(5, 5, dtype=torch.float16)),
+    "none": lambda sdpa: sdpa(X, None, X),
+    "dropout": lambda sdpa: sdpa(X, X, X, dropout_p="half"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_sdpa_refuses_what_torch_refuses(name):
+    with pytest.raises(Exception) as torchs:
+        REFUSED[name](F.scaled_dot_product_attention)
+    with pytest.raises(torchs.type):
+        REFUSED[name](fastlm.scaled_dot_product_attention)
+
+
 def test_sdpa_errors():
-    x = torch.ones(2, 4, 5, 8)
     with pytest.raises(TypeError) as error:
-        fastlm.scaled_dot_product_attention(x, None, x)
+        fastlm.scaled_dot_product_attention(X, None, X)
     assert str(error.value) == ("scaled_dot_product_attention: key must be a tensor, got NoneType")
-    with pytest.raises(ValueError) as error:
-        fastlm.scaled_dot_product_attention(x, x, x, torch.ones(5, 5), is_causal=True)
+    with pytest.raises(RuntimeError) as error:  # as torch documents, its own CPU kernel apart
+        fastlm.scaled_dot_product_attention(X, X, X, torch.ones(5, 5), is_causal=True)
     assert str(error.value) == (
         "scaled_dot_product_attention: attn_mask must be None with is_causal=True, got (5, 5)"
     )
     with pytest.raises(ValueError) as error:
-        fastlm.scaled_dot_product_attention(x, x, x, torch.ones(3, 5))
+        fastlm.scaled_dot_product_attention(X, X, X, dropout_p=2.0)
     assert str(error.value) == (
-        "scaled_dot_product_attention: bias must be broadcastable to "
-        "(batch, nheads, seqlen_q, seqlen_k) = (2, 4, 5, 5), got (3, 5)"
+        "scaled_dot_product_attention: dropout_p must be a number from 0 to 1, got 2.0"
     )
-    with pytest.raises(RuntimeError):  # torch's own
-        fastlm.scaled_dot_product_attention(x, x[:, :3], x[:, :3])
+    with pytest.raises(RuntimeError) as error:  # torch's CPU kernel would read past value's end
+        fastlm.scaled_dot_product_attention(X, X, X[:, :, :3])
+    assert str(error.value) == (
+        "scaled_dot_product_attention: value must have key's seqlen 5, got (2, 4, 3, 8)"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch.autograd import forward_ad
 
 from fastlm.ops._check import (
     autocast_dtype,
@@ -118,17 +117,6 @@ def to_common_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
         tensors = [x if x.dtype == torch.float64 else x.to(lower) for x in tensors]
     common = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(common) for x in tensors]
-
-
-def in_transform() -> bool:
-    """Within torch.func.vmap or forward-mode differentiation, for which fused functions have no
-    rule."""
-    if torch.compiler.is_compiling():
-        return False  # there the compiler refuses what it cannot trace
-    if forward_ad._current_level >= 0:
-        return True
-    vmap = torch._C._functorch.TransformType.Vmap
-    return any(i.key() == vmap for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _require_form(op: str, arg: str, x: torch.Tensor, shape: tuple, form: str) -> None:

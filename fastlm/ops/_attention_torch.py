@@ -11,21 +11,22 @@ import contextlib
 
 import torch
 
-from fastlm.ops._attention_check import in_transform
 from fastlm.ops._check import autocast_dtype
+from fastlm.ops._transforms import gradients, in_create_graph, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
 
 # Not F.scaled_dot_product_attention: a user may have pointed that name at fastlm.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _NOT_IN_SDPA = ("alibi_slopes", "softcap", "sinks")
+_TENSORS = ("mask", "bias", "seqlens_k")  # the optional tensors that it can use
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     """The reference's result, contiguous; q, k and v have one dtype and the options are checked."""
     with without_autocast(q.device):
         if _fits_sdpa(q, k, options):
-            return _fused(q, k, v, options).contiguous()
+            return _differentiable(_fused(q, k, v, options), q, k, v, options).contiguous()
         out = reference.attention(q, k, v, **options)
     if options["return_lse"]:
         return out[0].contiguous(), out[1]
@@ -88,6 +89,58 @@ def _fused(q, k, v, options: dict) -> torch.Tensor:
     if bias is not None:
         attend = torch.where(attend, torch.where(alive, bias, 0.0), float("-inf"))
     return torch.where(alive.transpose(1, 2), _sdpa(q, k, v, options, attn_mask=attend), 0.0)
+
+
+def _differentiable(out, q, k, v, options: dict) -> torch.Tensor:
+    """out, with second derivatives, of which torch's fused kernels have none."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and out.requires_grad):
+        return out
+    tensors = [options[name] for name in _TENSORS]
+    others = {name: x for name, x in options.items() if name not in _TENSORS}
+    return _Detour.apply(out, q, k, v, *tensors, others)
+
+
+class _Detour(torch.autograd.Function):
+    """(out, q, k, v, optional tensors, options) -> out.
+
+    The gradient goes on to the operations that made out; under create_graph it turns off to q, k
+    and v, whose gradients are then computed from them again, in operations with derivatives.
+    """
+
+    @staticmethod
+    def forward(out, *_):
+        return out.detach()  # not a view: users may write to it
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, do):
+        rest = [None] * (1 + len(_TENSORS))
+        if not in_create_graph():
+            return do, None, None, None, *rest
+        q, k, v, *tensors = ctx.saved_tensors
+        options = (tuple(ctx.options.items()),)
+        grads = gradients(
+            _fused_gradients, _by_reference, (do,), (q, k, v), tensors, options,
+            ctx.needs_input_grad[1:4],
+        )  # fmt: skip
+        return None, *grads, *rest
+
+
+def _fused_gradients(incoming, inputs, kept, options, needs):
+    _, pull = torch.func.vjp(lambda *qkv: _fused(*qkv, _options(kept, options)), *inputs)
+    return tuple(g if n else None for g, n in zip(pull(*incoming), needs, strict=True))
+
+
+def _by_reference(inputs, kept, options):
+    return (reference.attention(*inputs, **_options(kept, options)),)
+
+
+def _options(tensors, options: tuple) -> dict:
+    return dict(options[0]) | dict(zip(_TENSORS, tensors, strict=True))
 
 
 def _sdpa(q, k, v, options: dict, **masking) -> torch.Tensor:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops._attention_check import in_transform
 from fastlm.ops._attention_contract import attention_bwd, attention_fwd
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
@@ -20,7 +20,7 @@ def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
     if q.dtype not in _DTYPES:
         return f"computes in fp32 and does not take {q.dtype}"
     if in_transform():
-        return "does not run under torch.func.vmap and forward-mode differentiation"
+        return TRANSFORM_REFUSAL
     headdim = max(q.shape[-1], v.shape[-1])
     if headdim > 512:
         return f"does not take headdim above 512, here {headdim}"
@@ -114,6 +114,8 @@ class _Attention(torch.autograd.Function):
 
 class _AttentionGrad(torch.autograd.Function):
     """The gradients of `_Attention`; theirs are the reference's."""
+
+    generate_vmap_rule = True  # jacobians: one call of the kernels for each incoming gradient
 
     @staticmethod
     def forward(do, dlse, *inputs):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops._check import fail
 from fastlm.ops._library import contract
+from fastlm.ops._transforms import gradients
+from fastlm.reference import loss as reference
 
 # Logits of one chunk: 32 MB of fp32 stay near the caches of a CPU, 512 MB fill a GPU. A chunk has
 # at least 256 rows, or its matrix products would be bound by reading the head.
@@ -96,41 +97,64 @@ def chunked_linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(x, weight, bias, target) -> (loss, row_weight); per row, or with the losses summed.
+    """(x, weight, bias, target, ...) -> (loss, row_weight, *grads); per row, or losses summed.
 
     The sum has one incoming gradient, so the forward already makes the gradients, up to that
     factor; per row they are made in the backward, from logits computed again.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, class_weight, dtype, options, summed, need):
+    def forward(*inputs):
+        x, weight, bias, target, class_weight, dtype, options, summed, need = inputs
         loss, row_weight, *grads = chunked_linear_cross_entropy(
             x, weight, bias, target, class_weight, None, dtype, *options,
             *(summed and n for n in need),
         )  # fmt: skip
-        ctx.summed, ctx.dtype, ctx.options = summed, dtype, options
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
-        if summed:
-            ctx.save_for_backward(*grads)
-        else:
-            ctx.save_for_backward(x, weight, bias, target, class_weight)
-        ctx.mark_non_differentiable(row_weight)
-        return loss.sum() if summed else loss, row_weight
+        return loss.sum() if summed else loss, row_weight, *grads
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, _):
-        need = ctx.needs_input_grad[:3]
-        if ctx.summed:
-            # Out of place: a second backward over a retained graph finds them unscaled.
-            grads = [g * dloss if n else None for g, n in zip(ctx.saved_tensors, need, strict=True)]
-        else:
-            *tensors, target, class_weight = ctx.saved_tensors
-            _, _, *grads = chunked_linear_cross_entropy(
-                *tensors, target, class_weight, dloss, ctx.dtype, *ctx.options, *need
-            )
-        grads = [g.to(t) if n else None for g, t, n in zip(grads, ctx.dtypes, need, strict=True)]
-        return *grads, None, None, None, None, None, None
+    def setup_context(ctx, inputs, output):
+        *tensors, dtype, options, ctx.summed, _ = inputs
+        _, *rest = output
+        ctx.options = dtype, *options
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(*tensors, *(rest[1:] if ctx.summed else ()))
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        x, weight, bias, *kept = ctx.saved_tensors
+        grads = gradients(
+            _scaled_gradients if ctx.summed else _rowwise_gradients, _reference, (dloss,),
+            (x, weight, bias), kept, ctx.options, ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *grads, *[None] * 6
+
+
+def _scaled_gradients(incoming, inputs, kept, options, needs):
+    (dloss,), (_, _, *grads) = incoming, kept
+    # Out of place: a second backward over a retained graph finds them unscaled.
+    return tuple(
+        (g * dloss).to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True)
+    )
+
+
+def _rowwise_gradients(incoming, inputs, kept, options, needs):
+    _, _, *grads = chunked_linear_cross_entropy(*inputs, *kept, *incoming, *options, *needs)
+    return tuple(g.to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True))
+
+
+def _reference(inputs, kept, options):
+    """The loss of the forward pass; there are gradients to scale where it is summed."""
+    (x, weight, bias), (target, class_weight, *grads) = inputs, kept
+    dtype, ignore_index, label_smoothing, z_loss, softcap = options
+    x = x.masked_fill((target == ignore_index)[:, None], 0.0)
+    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    loss = reference.cross_entropy(
+        logits, target, class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        reduction="sum" if grads else "none", out_dtype=torch.promote_types(dtype, torch.float32),
+    )  # fmt: skip
+    return (loss,)
 
 
 def _chunks(target: torch.Tensor, ignore_index: int, vocab: int):

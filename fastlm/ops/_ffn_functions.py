@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops._library import contract
-from fastlm.ops._rows import as_rows
+from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._transforms import gradients
+from fastlm.reference import ffn as reference
 
 
 def _bias_act_fwd_fake(x, bias, seed, activation, dropout_p):
@@ -88,131 +89,206 @@ def glu_bwd(
 
 
 class BiasAct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, seed, activation, dropout_p):
-        ctx.options = activation, dropout_p
-        ctx.save_for_backward(x, bias, seed)
-        return bias_act_fwd(as_rows(x), bias, seed, activation, dropout_p).view(x.shape)
+    """(x, bias, seed, activation, dropout_p) -> y."""
 
     @staticmethod
-    @once_differentiable
+    def forward(*inputs):
+        x, *rest = inputs
+        return in_shape(bias_act_fwd(as_rows(x), *rest), x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, bias, seed, *ctx.options = inputs
+        ctx.save_for_backward(x, bias, seed)
+
+    @staticmethod
     def backward(ctx, dy):
         x, bias, seed = ctx.saved_tensors
-        need_dx, need_dbias = ctx.needs_input_grad[:2]
-        dx, dbias, _ = bias_act_bwd(
-            as_rows(dy), as_rows(x), bias, seed, *ctx.options, need_dx, need_dbias, False
-        )
-        return (
-            dx.view(x.shape) if need_dx else None,
-            dbias if need_dbias else None,
-            None,
-            None,
-            None,
-        )
+        grads = gradients(
+            _bias_act_gradients, _bias_act_reference, (dy,), (x, bias), (seed,), ctx.options,
+            ctx.needs_input_grad[:2],
+        )  # fmt: skip
+        return *grads, None, None, None
+
+
+def _bias_act_gradients(incoming, inputs, kept, options, needs):
+    (dy,), (x, bias) = incoming, inputs
+    need_dx, need_dbias = needs
+    dx, dbias, _ = bias_act_bwd(
+        as_rows(dy), as_rows(x), bias, *kept, *options, need_dx, need_dbias, False
+    )
+    return dx.view(x.shape) if need_dx else None, dbias if need_dbias else None
+
+
+def _bias_act_reference(inputs, kept, options):
+    (seed,), (activation, dropout_p) = kept, options
+    return (reference.bias_act(*inputs, activation=activation, dropout_p=dropout_p, seed=seed),)
 
 
 class Glu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up, activation):
-        ctx.activation = activation
-        ctx.save_for_backward(gate, up)
-        return glu_fwd(as_rows(gate), as_rows(up), activation).view(gate.shape)
+    """(gate, up, activation) -> y."""
 
     @staticmethod
-    @once_differentiable
+    def forward(*inputs):
+        gate, up, activation = inputs
+        return in_shape(glu_fwd(as_rows(gate), as_rows(up), activation), gate.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        need_dgate, need_dup = ctx.needs_input_grad[:2]
-        dgate, dup, _ = glu_bwd(
-            as_rows(dy), as_rows(gate), as_rows(up), ctx.activation, need_dgate, need_dup, False
-        )
-        return (
-            dgate.view(gate.shape) if need_dgate else None,
-            dup.view(up.shape) if need_dup else None,
-            None,
-        )
+        grads = gradients(
+            _glu_gradients, _glu_reference, (dy,), ctx.saved_tensors, (), (ctx.activation,),
+            ctx.needs_input_grad[:2],
+        )  # fmt: skip
+        return *grads, None
+
+
+def _glu_gradients(incoming, inputs, kept, options, needs):
+    rows = [as_rows(x) for x in (*incoming, *inputs)]
+    *grads, _ = glu_bwd(*rows, *options, *needs, False)
+    return tuple(g.view(inputs[0].shape) if n else None for g, n in zip(grads, needs, strict=True))
+
+
+def _glu_reference(inputs, kept, options):
+    return (reference.glu(*inputs, activation=options[0]),)
 
 
 class Ffn(torch.autograd.Function):
-    """The weights have x's dtype. Saves x where w1 trains, and h = x w1^T unless recomputing."""
+    """(x, w1, b1, w2, b2, seed, activation, dropout_p, recompute) -> (y, h), recomputing (y,).
+
+    The weights have x's dtype. Saves x where w1 trains, and h = x w1^T unless recomputing; h is an
+    output so that gradients of gradients reach x through it.
+    """
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, seed, activation, dropout_p, recompute):
-        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        below_w2 = need_x or need_w1 or need_b1
+    def forward(*inputs):
+        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute = inputs
         h = as_rows(F.linear(x, w1))
         a = bias_act_fwd(h, b1, seed, activation, dropout_p)
         y = F.linear(a, w2, None if b2 is None else b2.to(a.dtype))
-        need_h = below_w2 or need_w2
-        ctx.options = activation, dropout_p
+        return in_shape(y, (*x.shape[:-1], w2.shape[0])), *([] if recompute else [h])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute = inputs
+        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
+        need_h = need_x or need_w1 or need_b1 or need_w2
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.options = x.shape, (activation, dropout_p)
         ctx.b2_dtype = b2.dtype if need_b2 else None
         ctx.save_for_backward(
             x if need_w1 or (need_h and recompute) else None,
-            h if need_h and not recompute else None,
+            output[1] if need_h and not recompute else None,
             w1, b1, w2, seed,
         )  # fmt: skip
-        return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, dh=None):
         x, h, w1, b1, w2, seed = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        leading, dy = dy.shape[:-1], as_rows(dy)
-        dx = dw1 = db1 = dw2 = db2 = None
+        needs = need_x or need_w1, need_b1, need_w2
         x = None if x is None else as_rows(x)
-        if h is None and (need_x or need_w1 or need_b1 or need_w2):
-            h = F.linear(x, w1)
-        if need_x or need_w1 or need_b1:
-            need_dh = need_x or need_w1
-            dh, db1, a = bias_act_bwd(dy @ w2, h, b1, seed, *ctx.options, need_dh, need_b1, need_w2)
-            dx = (dh @ w1).view(*leading, w1.shape[1]) if need_x else None
+        dx = dw1 = db1 = dw2 = db2 = None
+        if dy is not None:
+            dy = as_rows(dy)
+            if any(needs):
+                h = F.linear(x, w1) if h is None else h
+                tail = gradients(
+                    _ffn_tail_gradients, _ffn_tail_reference, (dy,), (h, b1, w2), (seed,),
+                    ctx.options, needs,
+                )  # fmt: skip
+                dh, db1, dw2 = _sum(dh, tail[0]), *tail[1:]
+            db2 = dy.sum(0, dtype=ctx.b2_dtype) if need_b2 else None
+        if dh is not None:
+            dx = (dh @ w1).view(ctx.shape) if need_x else None
             dw1 = dh.t() @ x if need_w1 else None
-            db1 = db1 if need_b1 else None
-        elif need_w2:
-            a = bias_act_fwd(h, b1, seed, *ctx.options)
-        if need_w2:
-            dw2 = dy.t() @ a
-        if need_b2:
-            db2 = dy.sum(0, dtype=ctx.b2_dtype)
-        return dx, dw1, db1, dw2, db2, None, None, None, None
+        return dx, dw1, db1, dw2, db2, *[None] * 4
+
+
+def _ffn_tail_gradients(incoming, inputs, kept, options, needs):
+    """Of h, b1 and w2 in dropout(activation(h + b1)) w2^T."""
+    (dy,), (h, b1, w2), (seed,) = incoming, inputs, kept
+    need_h, need_b1, need_w2 = needs
+    dh = db1 = None
+    if need_h or need_b1:
+        dh, db1, a = bias_act_bwd(dy @ w2, h, b1, seed, *options, *needs)
+    else:
+        a = bias_act_fwd(h, b1, seed, *options)
+    return dh if need_h else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
+
+
+def _ffn_tail_reference(inputs, kept, options):
+    h, b1, w2 = inputs
+    return (F.linear(*_bias_act_reference((h, b1), kept, options), w2),)
 
 
 class GatedFfn(torch.autograd.Function):
-    """As `Ffn`; the products with w_gate and w_up are what it keeps or computes again."""
+    """(x, w_gate, w_up, w_down, activation, recompute) -> (y, gate, up), recomputing (y,).
+
+    As `Ffn`; the products with w_gate and w_up are what it keeps or computes again.
+    """
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, w_down, activation, recompute):
-        need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
+    def forward(*inputs):
+        x, w_gate, w_up, w_down, activation, recompute = inputs
         gate, up = as_rows(F.linear(x, w_gate)), as_rows(F.linear(x, w_up))
         y = F.linear(glu_fwd(gate, up, activation), w_down)
-        ctx.activation = activation
-        keep = (None, None) if recompute else (gate, up)
-        keep_x = need_gate or need_up or recompute
-        ctx.save_for_backward(x if keep_x else None, *keep, w_gate, w_up, w_down)
-        return y.view(*x.shape[:-1], w_down.shape[0])
+        y = in_shape(y, (*x.shape[:-1], w_down.shape[0]))
+        return (y,) if recompute else (y, gate, up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    def setup_context(ctx, inputs, output):
+        x, w_gate, w_up, w_down, ctx.activation, recompute = inputs
+        need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        keep_x = need_gate or need_up or recompute
+        products = (None, None) if recompute else output[1:]
+        ctx.save_for_backward(x if keep_x else None, *products, w_gate, w_up, w_down)
+
+    @staticmethod
+    def backward(ctx, dy, dgate=None, dup=None):
         x, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
         need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
-        leading, dy = dy.shape[:-1], as_rows(dy)
-        dx = dw_gate = dw_up = dw_down = None
+        needs = need_x or need_gate, need_x or need_up, need_down
+        dw_down = None
         x = None if x is None else as_rows(x)
-        if gate is None:
-            gate, up = F.linear(x, w_gate), F.linear(x, w_up)
-        if need_x or need_gate or need_up:
-            dgate, dup, a = glu_bwd(
-                dy @ w_down, gate, up, ctx.activation,
-                need_x or need_gate, need_x or need_up, need_down,
+        if dy is not None:
+            if gate is None:
+                gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+            *tail, dw_down = gradients(
+                _gated_tail_gradients, _gated_tail_reference, (as_rows(dy),), (gate, up, w_down),
+                (), (ctx.activation,), needs,
             )  # fmt: skip
-            if need_x:
-                dx = (dgate @ w_gate).add_(dup @ w_up).view(*leading, w_up.shape[1])
-            dw_gate = dgate.t() @ x if need_gate else None
-            dw_up = dup.t() @ x if need_up else None
-        elif need_down:
-            a = glu_fwd(gate, up, ctx.activation)
-        if need_down:
-            dw_down = dy.t() @ a
+            dgate, dup = _sum(dgate, tail[0]), _sum(dup, tail[1])
+        parts = [d @ w for d, w in ((dgate, w_gate), (dup, w_up)) if need_x and d is not None]
+        dx = parts[0] if len(parts) == 1 else parts[0].add_(parts[1]) if parts else None
+        dx = None if dx is None else dx.view(ctx.shape)
+        dw_gate = dgate.t() @ x if need_gate and dgate is not None else None
+        dw_up = dup.t() @ x if need_up and dup is not None else None
         return dx, dw_gate, dw_up, dw_down, None, None
+
+
+def _gated_tail_gradients(incoming, inputs, kept, options, needs):
+    """Of gate, up and w_down in (activation(gate) * up) w_down^T."""
+    (dy,), (gate, up, w_down) = incoming, inputs
+    need_gate, need_up, need_down = needs
+    dgate = dup = None
+    if need_gate or need_up:
+        dgate, dup, a = glu_bwd(dy @ w_down, gate, up, *options, *needs)
+    else:
+        a = glu_fwd(gate, up, *options)
+    return dgate if need_gate else None, dup if need_up else None, dy.t() @ a if need_down else None
+
+
+def _gated_tail_reference(inputs, kept, options):
+    *products, w_down = inputs
+    return (F.linear(*_glu_reference(products, kept, options), w_down),)
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -16,6 +16,7 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
 from fastlm.reference import ffn as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -139,12 +140,14 @@ def ffn(
     backend = choose("ffn", impl, _BACKENDS, x.device, tensors)
     x = x.to(_product_dtype(x))
     if backend == "torch":
+        recompute = recompute and not in_functorch()
         return reference.ffn(
             x, w1, b1, w2, b2,
             activation=activation, dropout_p=dropout_p, seed=seed, recompute=recompute,
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
-    return Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, activation, float(dropout_p), recompute)
+    y, *_ = Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, activation, float(dropout_p), recompute)
+    return y
 
 
 def gated_ffn(
@@ -190,8 +193,10 @@ def gated_ffn(
     x = x.to(_product_dtype(x))
     weights = (w_gate, w_up, w_down)
     if backend == "torch":
+        recompute = recompute and not in_functorch()
         return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
-    return GatedFfn.apply(x, *(w.to(x.dtype) for w in weights), activation, recompute)
+    y, *_ = GatedFfn.apply(x, *(w.to(x.dtype) for w in weights), activation, recompute)
+    return y
 
 
 def _check_input(op: str, arg: str, x) -> None:
@@ -219,7 +224,7 @@ def _triton_refuses(tensors: dict[str, torch.Tensor | None]) -> str | None:
     for name, t in tensors.items():
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
-    return None
+    return TRANSFORM_REFUSAL if in_transform() else None
 
 
 # Triton first: one pass over memory where torch composes up to four. Not measured on a GPU yet.

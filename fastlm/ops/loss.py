@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
@@ -21,6 +20,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._chunked_loss import LinearCrossEntropy
 from fastlm.ops._library import contract
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,22 +78,42 @@ def cross_entropy_bwd(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(logits (outer, inner, vocab), target (outer, inner)) -> (loss, row_weight) of every row."""
+    """(logits (outer, inner, vocab), target (outer, inner), ...) -> what `cross_entropy_fwd`
+    returns of every row; differentiable is the loss."""
 
     @staticmethod
-    def forward(ctx, logits, target, class_weight, *options):
-        loss, *lse, row_weight = cross_entropy_fwd(logits, target, class_weight, *options)
+    def forward(*inputs):
+        return cross_entropy_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, class_weight, *ctx.options = inputs
+        _, *lse, row_weight = output
+        ctx.mark_non_differentiable(*lse, row_weight)
         ctx.save_for_backward(logits, target, class_weight, *lse)
-        ctx.options = options
-        ctx.mark_non_differentiable(row_weight)
-        return loss, row_weight
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, _):
-        logits, target, class_weight, *lse = ctx.saved_tensors
-        dlogits = cross_entropy_bwd(logits, target, class_weight, *lse, dloss, *ctx.options)
+    def backward(ctx, dloss, *_):
+        logits, *kept = ctx.saved_tensors
+        (dlogits,) = gradients(
+            _fused_gradients, _rowwise_reference, (dloss,), (logits,), kept, ctx.options, (True,)
+        )
         return dlogits, *[None] * (2 + len(ctx.options))
+
+
+def _fused_gradients(incoming, inputs, kept, options, needs):
+    return (cross_entropy_bwd(*inputs, *kept, *incoming, *options),)
+
+
+def _rowwise_reference(inputs, kept, options):
+    (logits,), (target, class_weight, *_) = inputs, kept
+    ignore_index, label_smoothing, z_loss, softcap = options
+    loss = reference.cross_entropy(
+        logits, target, class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction="none",
+        out_dtype=torch.float32,
+    )  # fmt: skip
+    return (loss,)
 
 
 def cross_entropy(
@@ -132,7 +152,7 @@ def cross_entropy(
 
     Returns:
         () or, for reduction "none", as target; in the logits' dtype (fp32 under autocast, as
-        torch). Differentiable in logits, once by the triton backend.
+        torch). Differentiable in logits; gradients of gradients are the reference's.
 
     Raises:
         TypeError, ValueError: types, shapes, dtypes, devices or values that do not fit.
@@ -153,7 +173,7 @@ def cross_entropy(
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     if backend == "torch":
         return _torch_cross_entropy(logits, target, class_weight, *options, reduction, out_dtype)
-    loss, row_weight = _CrossEntropy.apply(
+    loss, *_, row_weight = _CrossEntropy.apply(
         *_as_3d(logits, target), None if class_weight is None else class_weight.contiguous(),
         ignore_index, float(label_smoothing), float(z_loss),
         None if softcap is None else float(softcap),
@@ -197,7 +217,8 @@ def linear_cross_entropy(
 
     Returns:
         () or, for reduction "none", as target; in the products' dtype (fp32 under autocast).
-        Differentiable once, in x, weight and bias, each with a gradient of its own dtype.
+        Differentiable in x, weight and bias, each with a gradient of its own dtype; gradients of
+        gradients are the reference's, which makes the logits.
 
     Source: `fastlm/reference/loss.py`.
     """
@@ -222,7 +243,12 @@ def linear_cross_entropy(
     need = tuple(grad and t is not None and t.requires_grad for t in (x, weight, bias))
     options = (ignore_index, float(label_smoothing), float(z_loss),
                None if softcap is None else float(softcap))  # fmt: skip
-    loss, row_weight = LinearCrossEntropy.apply(
+    if in_transform():  # for which the chunks have no rule
+        return reference.linear_cross_entropy(
+            x, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
+        )  # fmt: skip
+    loss, row_weight, *_ = LinearCrossEntropy.apply(
         x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight, dtype, options,
         reduction != "none", need,
     )  # fmt: skip
@@ -270,7 +296,7 @@ def _triton_refuses(logits, class_weight) -> str | None:
     for name, t in (("logits", logits), ("class_weight", class_weight)):
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
-    return None
+    return TRANSFORM_REFUSAL if in_transform() else None
 
 
 # Triton first: two passes over the logits, where torch makes an fp32 copy and its log-softmax of

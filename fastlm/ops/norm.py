@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
@@ -18,7 +17,8 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._library import contract
-from fastlm.ops._rows import as_rows
+from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
 
 CASTINGS = ("torch", "llama", "gemma")
@@ -94,25 +94,33 @@ def norm_bwd(
 
 
 class _Norm(torch.autograd.Function):
-    """(x, residual) -> (y, z); z is None where it is x itself or nobody needs it."""
+    """(x, residual, ...) -> (y, mean, rstd, z), without z where it is x itself or nobody needs it.
+
+    Saves z alone: it depends on x and residual linearly. (None in its place would not compile.)
+    """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z):
+    def forward(*inputs):
+        x, residual, *rest = inputs
         flat_residual = None if residual is None else as_rows(residual)
-        y, z, mean, rstd = norm_fwd(
-            as_rows(x), flat_residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z
-        )
-        ctx.set_materialize_grads(False)
-        ctx.dropout_p, ctx.kind = dropout_p, kind
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
-        z_out = z.view(x.shape) if keep_z else None
-        ctx.save_for_backward(z_out if keep_z else x, weight, mean, rstd, seed)
-        return y.view(x.shape), z_out
+        y, z, mean, rstd = norm_fwd(as_rows(x), flat_residual, *rest)
+        keep_z = rest[-1]
+        return in_shape(y, x.shape), mean, rstd, *([in_shape(z, x.shape)] if keep_z else [])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dz):
-        z, weight, mean, rstd, seed = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, seed, ctx.eps, ctx.dropout_p, ctx.kind, ctx.out_dtype, _ = inputs
+        _, mean, rstd, *z = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+        ctx.save_for_backward(z[0] if z else x, weight, bias, mean, rstd, seed)
+
+    @staticmethod
+    def backward(ctx, dy, _mean, _rstd, dz=None):
+        z, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        if in_create_graph():
+            return *_differentiable_gradients(ctx, dy, dz), *[None] * 6
         need = ctx.needs_input_grad[:4]
         wanted = [t if n else None for t, n in zip(ctx.dtypes, need, strict=True)]
         dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = wanted
@@ -128,7 +136,48 @@ class _Norm(torch.autograd.Function):
         dx = (dresidual if dx_dtype is None else dx.view(z.shape)) if need[0] else None
         dweight = dweight if need[2] else None
         dbias = dbias if need[3] else None
-        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
+        return dx, dresidual, dweight, dbias, *[None] * 6
+
+
+def _differentiable_gradients(ctx, dy, dz) -> tuple[torch.Tensor | None, ...]:
+    """Of x, residual, weight and bias: z's from the kernel, the first two by torch from that."""
+    z, weight, bias, mean, rstd, seed = ctx.saved_tensors
+    need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+    x_dtype, residual_dtype, *_ = ctx.dtypes
+    dz, dweight, dbias = gradients(
+        _z_gradients, _z_reference, (dy, dz), (z, weight, bias), (mean, rstd),
+        (ctx.kind, ctx.eps, x_dtype, ctx.out_dtype),
+        (need_x or need_residual, need_weight, need_bias),
+    )  # fmt: skip
+    dx = reference.dropout_rows(dz.to(x_dtype), ctx.dropout_p, seed) if need_x else None
+    return dx, dz.to(residual_dtype) if need_residual else None, dweight, dbias
+
+
+def _z_gradients(incoming, inputs, kept, options, needs):
+    dy, dz = incoming
+    z, weight, _ = inputs
+    wanted = [t.dtype if n else None for t, n in zip(inputs, needs, strict=True)]
+    dz_dtype, *vectors = wanted
+    dz, _, *dvectors = norm_bwd(
+        as_rows(torch.zeros_like(z) if dy is None else dy), None if dz is None else as_rows(dz),
+        as_rows(z), weight, *kept, None, 0.0, options[0], dz_dtype, None, *vectors,
+    )  # fmt: skip
+    return tuple(
+        g.view(t.shape) if n else None
+        for g, t, n in zip((dz, *dvectors), inputs, needs, strict=True)
+    )
+
+
+def _z_reference(inputs, kept, options):
+    z, weight, bias = inputs
+    return _normalize(z, weight, bias, *options), z
+
+
+def _normalize(z, weight, bias, kind, eps, x_dtype, out_dtype) -> torch.Tensor:
+    if kind == "layer":
+        return reference.normalize_layer(z, weight, bias, eps, out_dtype)
+    casting = "torch" if kind == "rms" else kind.removeprefix("rms_")
+    return reference.normalize_rms(z, weight, eps, casting, x_dtype, out_dtype)
 
 
 def layer_norm(
@@ -219,7 +268,7 @@ def _triton_refuses(x, weight, bias, residual) -> str | None:
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
-    return None
+    return TRANSFORM_REFUSAL if in_transform() else None
 
 
 # Triton first: one pass over memory where torch composes three. Not measured on a GPU yet.
@@ -242,11 +291,11 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     has_z = residual is not None or seed is not None
     inputs = (x, residual, weight, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, z = _Norm.apply(
+    y, _, _, *z = _Norm.apply(
         x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
         has_z and (prenorm or trains),
     )  # fmt: skip
-    return (y, z if has_z else x) if prenorm else y
+    return (y, *(z or [x])) if prenorm else y
 
 
 def _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype):
@@ -261,9 +310,4 @@ def _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype
             return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
         if kind == "rms":
             return F.rms_norm(z, z.shape[-1:], weight, eps), z
-    if kind == "layer":
-        y = reference.normalize_layer(z, weight, bias, eps, out_dtype)
-    else:
-        casting = "torch" if kind == "rms" else kind.removeprefix("rms_")
-        y = reference.normalize_rms(z, weight, eps, casting, x.dtype, out_dtype)
-    return y, z
+    return _normalize(z, weight, bias, kind, eps, x.dtype, out_dtype), z

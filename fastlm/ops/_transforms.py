@@ -1,0 +1,129 @@
+"""What torch's transforms ask of a fused function: derivatives of its derivatives, vmap, jvp.
+
+A fused backward is not made of differentiable operations, and `once_differentiable` is silent
+where the incoming gradient is a constant: `create_graph=True` would give gradients without a graph,
+and a gradient penalty would count for nothing. Here they get the reference's graph instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+Tensors = Sequence["torch.Tensor | None"]
+# Why a backend of kernels refuses a call where `in_transform`.
+TRANSFORM_REFUSAL = "does not run under torch.func.vmap and forward-mode differentiation"
+
+
+def in_transform() -> bool:
+    """Within torch.func.vmap or forward-mode differentiation, for which fused functions have no
+    rule."""
+    if torch.compiler.is_compiling():
+        return False  # there the compiler refuses what it cannot trace
+    if forward_ad._current_level >= 0:
+        return True
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(i.key() == vmap for i in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def in_functorch() -> bool:
+    """Within any transform of torch.func, which take no hooks on saved tensors (checkpoint's)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def in_create_graph() -> bool:
+    """Within a backward whose gradients are to be differentiable. (Compiled code has none such: the
+    compiler refuses second derivatives by itself.)"""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients(
+    fused: Callable,
+    reference: Callable,
+    incoming: Tensors,
+    inputs: Tensors,
+    kept: Tensors,
+    options: tuple,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `inputs` by `fused`, themselves differentiable where they are asked to be.
+
+    Args:
+        fused: (incoming, inputs, kept, options, needs) -> a gradient, or None, for each input.
+        reference: (inputs, kept, options) -> the outputs whose gradients come in, as a tuple.
+        incoming: gradients of the outputs; None stands for 0.
+        inputs: what is differentiable.
+        kept: other tensors of the call, such as a seed, and results of the forward pass.
+        options: the rest of it.
+        needs: which inputs want a gradient.
+    """
+    if in_create_graph():
+        counts = len(incoming), len(inputs)
+        call = (fused, reference, counts, tuple(options), tuple(needs))
+        return _Gradients.apply(call, *incoming, *inputs, *kept)
+    return fused(incoming, inputs, kept, options, needs)
+
+
+class _Gradients(torch.autograd.Function):
+    """`fused`, and as its derivative the reference's second one."""
+
+    generate_vmap_rule = True  # jacobians: one call of the kernels for each incoming gradient
+
+    @staticmethod
+    def forward(*arguments):
+        (fused, _, counts, options, needs), *tensors = arguments
+        results, seen = [], []
+        for g in fused(*_split(tensors, counts), options, needs):
+            # One buffer may serve two inputs; autograd wants a tensor for each.
+            results.append(g.clone() if any(g is other for other in seen) else g)
+            seen += [] if g is None else [g]
+        return tuple(results)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *ddinputs):
+        _, reference, counts, options, needs = ctx.call
+        saved = ctx.saved_tensors
+        kept = saved[sum(counts) :]
+        chosen = [i for i, n in enumerate(needs) if n]
+        wanted = [i for i in range(sum(counts)) if ctx.needs_input_grad[1 + i]]
+
+        def first(*values):
+            incoming, inputs, _ = _split(_replaced(saved, wanted, values), counts)
+            run = lambda *leaves: reference(_replaced(inputs, chosen, leaves), kept, options)
+            outputs, pull = torch.func.vjp(run, *(inputs[i] for i in chosen))
+            return pull(_filled(incoming, outputs))
+
+        results = [None] * len(saved)
+        with torch.autocast(saved[counts[0]].device.type, enabled=False):
+            grads, pull = torch.func.vjp(first, *(saved[i] for i in wanted))
+            second = pull(_filled([ddinputs[i] for i in chosen], grads))
+        for i, g in zip(wanted, second, strict=True):
+            results[i] = g
+        return None, *results
+
+
+def _split(tensors: Tensors, counts: tuple[int, int]) -> tuple[Tensors, Tensors, Tensors]:
+    first, second = counts[0], sum(counts)
+    return tensors[:first], tensors[first:second], tensors[second:]
+
+
+def _replaced(tensors: Tensors, places: list[int], values: Tensors) -> list[torch.Tensor | None]:
+    tensors = list(tensors)
+    for i, x in zip(places, values, strict=True):
+        tensors[i] = x
+    return tensors
+
+
+def _filled(gradients: Tensors, like: Tensors) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        torch.zeros_like(x) if g is None else g.to(x.dtype)
+        for g, x in zip(gradients, like, strict=True)
+    )

@@ -1,0 +1,272 @@
+"""Derivatives of derivatives, vmap and forward mode: right, or refused by name, in every op."""
+
+import pytest
+import torch
+from torch import func
+
+import fastlm
+from fastlm.ops._transforms import TRANSFORM_REFUSAL
+from fastlm.reference import attention, embedding, ffn, loss, norm, rotary
+from fastlm.testing import assert_close, randn
+
+SEED = torch.tensor(5)
+X, RESIDUAL = randn(3, 5, 8), randn(3, 5, 8, seed=3)
+WEIGHT, BIAS = randn(8, seed=1), randn(8, seed=2)
+QKV = {
+    "q": randn(2, 4, 2, 8),
+    "k": randn(2, 5, 2, 8, seed=1),
+    "v": randn(2, 5, 2, 8, seed=2),
+}
+LSE = attention.attention(**QKV, causal=True, softcap=2.0, return_lse=True)[1]
+MLP = {
+    "x": X,
+    "w1": randn(12, 8, seed=4),
+    "b1": randn(12, seed=5),
+    "w2": randn(6, 12, seed=6),
+    "b2": randn(6, seed=7),
+}
+GATED = {
+    "x": X,
+    "w_gate": randn(12, 8, seed=4),
+    "w_up": randn(12, 8, seed=5),
+    "w_down": randn(6, 12, seed=6),
+}
+HEAD = {"x": X, "weight": randn(11, 8, seed=4), "bias": randn(11, seed=5)}
+TARGET = {"target": torch.tensor([[1, 2, -100, 3, 0]] * 3)}
+DROPOUT = {"dropout_p": 0.3, "seed": SEED}
+PACKED = {n: x.flatten(0, 1) for n, x in QKV.items()} | {
+    "cu_seqlens_q": torch.tensor([0, 3, 8]),
+    "cu_seqlens_k": torch.tensor([0, 4, 10]),
+}
+
+# name -> (reference, tensors, options)
+CASES = {
+    "layer_norm": (norm.layer_norm, {"x": X, "weight": WEIGHT, "bias": BIAS}, {}),
+    "layer_norm-all": (
+        norm.layer_norm,
+        {"x": X, "weight": WEIGHT, "bias": BIAS, "residual": RESIDUAL},
+        {"prenorm": True} | DROPOUT,
+    ),
+    "rms_norm": (norm.rms_norm, {"x": X, "weight": WEIGHT}, {}),
+    "rms_norm-gemma": (
+        norm.rms_norm,
+        {"x": X, "weight": WEIGHT, "residual": RESIDUAL},
+        {"casting": "gemma"},
+    ),
+    "bias_act": (ffn.bias_act, {"x": X, "bias": BIAS}, {"activation": "gelu"} | DROPOUT),
+    "glu": (ffn.glu, {"gate": X, "up": RESIDUAL}, {}),
+    "ffn": (ffn.ffn, MLP, {"activation": "gelu_tanh"} | DROPOUT),
+    "ffn-recompute": (ffn.ffn, MLP, {"activation": "silu", "recompute": True}),
+    "gated_ffn": (ffn.gated_ffn, GATED, {}),
+    "gated_ffn-recompute": (ffn.gated_ffn, GATED, {"recompute": True}),
+    "cross_entropy": (
+        loss.cross_entropy,
+        {"logits": X} | TARGET,
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0},
+    ),
+    "cross_entropy-none": (loss.cross_entropy, {"logits": X} | TARGET, {"reduction": "none"}),
+    "linear_cross_entropy": (loss.linear_cross_entropy, HEAD | TARGET, {"label_smoothing": 0.1}),
+    "linear_cross_entropy-none": (
+        loss.linear_cross_entropy,
+        HEAD | TARGET,
+        {"reduction": "none", "softcap": 3.0},
+    ),
+    "attention": (attention.attention, QKV, {}),
+    "attention-window": (
+        attention.attention,
+        QKV,
+        {"window": (1, 1), "seqlens_k": torch.tensor([5, 3])},
+    ),
+    "attention-bias": (attention.attention, QKV | {"bias": randn(4, 5, seed=9)}, DROPOUT),
+    "attention-lse": (
+        attention.attention,
+        QKV | {"sinks": randn(2, seed=8)},
+        {"causal": True, "softcap": 2.0, "return_lse": True},
+    ),
+    "attention_varlen": (
+        attention.attention_varlen,
+        PACKED,
+        {"causal": True, "max_seqlen_q": 5, "max_seqlen_k": 6},
+    ),
+    "attention_weights": (
+        attention.attention_weights,
+        {"q": QKV["q"], "k": QKV["k"], "lse": LSE},
+        {"causal": True, "softcap": 2.0},
+    ),
+    "rotary": (
+        rotary.rotary,
+        {"x": QKV["q"], "cos": randn(4, 3, seed=4), "sin": randn(4, 3, seed=5)},
+        {},
+    ),
+    "embedding": (
+        embedding.embedding,
+        {"ids": TARGET["target"].clamp(min=0), "token_weight": RESIDUAL[0], "norm_weight": WEIGHT},
+        DROPOUT,
+    ),
+}
+# impl="triton" where there is a kernel
+TORCH_ALONE = ("linear_cross_entropy", "rotary", "embedding")
+CALLS = [
+    (name, impl)
+    for name in CASES
+    for impl in ("triton", "torch")
+    if impl == "torch" or name.split("-")[0] not in TORCH_ALONE
+]
+
+
+def op_of(name, impl, options):
+    op = getattr(fastlm, name.split("-")[0])
+    return lambda **tensors: op(**tensors, **options, impl=impl)
+
+
+def reference_of(name, options):
+    return lambda **tensors: CASES[name][0](**tensors, **options)
+
+
+def moved(name, device, dtype=None):
+    _, tensors, options = CASES[name]
+    to = lambda x: x.to(device, dtype if x.is_floating_point() else None)
+    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+    return {n: to(x) for n, x in tensors.items()}, {n: move(x) for n, x in options.items()}
+
+
+def floats(tensors):
+    return [n for n, x in tensors.items() if x.is_floating_point()]
+
+
+def total(outputs):
+    """The sum of all outputs; the incoming gradients are constants."""
+    return sum(y.sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def penalty_gradients(fn, tensors):
+    """Of the sum of all squared gradients, by create_graph; 0 where it does not depend on one."""
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors.items() if n in floats(tensors)}
+    grads = torch.autograd.grad(
+        total(fn(**{**tensors, **leaves})), list(leaves.values()), create_graph=True
+    )
+    penalty = sum(g.square().sum() for g in grads)
+    assert penalty.requires_grad
+    second = torch.autograd.grad(penalty, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name,impl", CALLS)
+def test_gradient_penalty(name, impl, dtype, device):
+    tensors, options = moved(name, device, dtype)
+    actual = penalty_gradients(op_of(name, impl, options), tensors)
+    same = penalty_gradients(reference_of(name, options), tensors)
+    gold = penalty_gradients(reference_of(name, options), in_fp64(tensors))
+    for n in gold:
+        assert_close(n, actual[n], same[n], gold[n])
+
+
+def in_fp64(tensors):
+    return {n: x.double() if n in floats(tensors) else x for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize("name,impl", [c for c in CALLS if c[1] == "triton"])
+def test_first_gradients_are_the_kernels_with_a_graph_too(name, impl, device):
+    tensors, options = moved(name, device)
+    leaves = [tensors[n].requires_grad_() for n in floats(tensors)]
+    run = lambda: total(op_of(name, impl, options)(**tensors))
+    plain = torch.autograd.grad(run(), leaves)
+    graph = torch.autograd.grad(run(), leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
+
+
+@pytest.mark.parametrize("name,impl", CALLS)
+def test_torch_func_grad_of_grad(name, impl, device):
+    tensors, options = moved(name, device)
+    names = floats(tensors)
+
+    def penalty(values):
+        loss = lambda values: total(op_of(name, impl, options)(**{**tensors, **values}))
+        return sum(g.square().sum() for g in func.grad(loss)(values).values())
+
+    actual = func.grad(penalty)({n: tensors[n] for n in names})
+    same = penalty_gradients(reference_of(name, options), tensors)
+    gold = penalty_gradients(reference_of(name, options), in_fp64(tensors))
+    for n in names:
+        assert_close(n, actual[n], same[n], gold[n])
+
+
+# One case for each kind of autograd function
+TRANSFORMED = ["layer_norm-all", "glu", "ffn", "gated_ffn", "cross_entropy", "attention-window",
+               "attention_varlen", "linear_cross_entropy"]  # fmt: skip
+
+
+def along_first(run, tensors):
+    """The first output as a function of the first floating-point tensor, and that tensor."""
+    first = floats(tensors)[0]
+
+    def along(x):
+        outputs = run(**{**tensors, first: x})
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    return along, tensors[first]
+
+
+@pytest.mark.parametrize("name,impl", [c for c in CALLS if c[0] in TRANSFORMED])
+def test_vmap_and_jvp_are_right_or_refused(name, impl, device):
+    tensors, options = moved(name, device)
+    transforms = {
+        "vmap": lambda fn, x: func.vmap(fn)(torch.stack([x, -x])),
+        "jvp": lambda fn, x: func.jvp(fn, (x,), (x,))[1],
+        "hvp": lambda fn, x: func.jvp(func.grad(lambda x: fn(x).sum()), (x,), (x,))[1],
+    }
+    run, reference = op_of(name, impl, options), reference_of(name, options)
+    for kind, transform in transforms.items():
+        if impl == "triton":
+            with pytest.raises(NotImplementedError) as error:
+                transform(*along_first(run, tensors))
+            op = name.split("-")[0]
+            assert str(error.value) == f"{op}: impl='triton' {TRANSFORM_REFUSAL}; use impl='torch'"
+            continue
+        actual, same, gold = (
+            transform(*along_first(fn, inputs))
+            for fn, inputs in (
+                (run, tensors), (reference, tensors), (reference, in_fp64(tensors))
+            )
+        )  # fmt: skip
+        assert_close(kind, actual, same, gold)
+
+
+@pytest.mark.parametrize("name,impl", [c for c in CALLS if c[0] in TRANSFORMED])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_incoming_gradients(name, impl, device):
+    """What torch.autograd.functional.jacobian(vectorize=True) and torch.func.jacrev do."""
+    tensors, options = moved(name, device)
+
+    def batched(run, tensors):
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items() if n in names}
+        incoming = torch.tensor([1.0, -2.0], device=device)
+        out = run(**{**tensors, **leaves})
+        out = out if isinstance(out, tuple) else (out,)
+        out = sum((y * randn(*y.shape, device=device, seed=20).to(y)).sum() for y in out)
+        return torch.autograd.grad(
+            out, list(leaves.values()), incoming.to(out), is_grads_batched=True, create_graph=True
+        )
+
+    names = floats(tensors)
+    run, reference = op_of(name, impl, options), reference_of(name, options)
+    results = (
+        batched(run, tensors),
+        batched(reference, tensors),
+        batched(reference, in_fp64(tensors)),
+    )
+    for n, *of_each in zip(names, *results, strict=True):
+        assert_close(n, *of_each)
+
+
+def test_outputs_may_be_written_to(device):
+    """Autograd forbids it for a view that an autograd function returns."""
+    x, weight = randn(3, 8, device=device).requires_grad_(), randn(8, device=device)
+    for run in (
+        lambda: fastlm.layer_norm(x, weight, impl="triton"),
+        lambda: fastlm.bias_act(x, activation="gelu", impl="triton"),
+        lambda: fastlm.glu(x, x, impl="triton"),
+    ):
+        expected = torch.autograd.grad(run().mul(2).sum(), x)
+        assert torch.equal(torch.autograd.grad(run().mul_(2).sum(), x)[0], expected[0])
