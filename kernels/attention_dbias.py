@@ -91,8 +91,8 @@ def _attention_dbias_kernel(
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
     H, GROUP, M, N, T, OH, kept_m, kept_n, LH, loops_m, loops_n, loops, splits, size: tl.int64,
     scale, mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64,
-    stride_mask_m: tl.int64, stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64,
-    stride_bias_h: tl.int64, stride_bias_m: tl.int64, stride_bias_n: tl.int64, values_ptr, extent,
+    stride_mask_m, stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64, stride_bias_m, stride_bias_n: tl.int64, values_ptr, extent,
     slopes_ptr, stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
     threshold: tl.uint32, dropout_scale, left, right, bottom_right,
     KIND: tl.constexpr, NUM_BUCKETS: tl.constexpr, STARTS: tl.constexpr,
@@ -230,7 +230,9 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
     pieces = out_b * out_h * kept_m * kept_n
     splits = max(1, min(ceil_div(2 * multiprocessors(q.device), pieces), loops, 64))
     new = q.new_zeros if call["cu_q_ptr"] is not None else q.new_empty  # tokens of no sequence
-    out = new((splits, *result), dtype=torch.float32 if splits > 1 else dtype)
+    # One query has binaries of its own (no stride of masks along queries): in one dtype.
+    stored = torch.float32 if splits > 1 or seqlen_q == 1 else dtype
+    out = new((splits, *result), dtype=stored)
     if kind != "table":
         extra = {"NUM_BUCKETS": 1, "STARTS": (), "BIDIRECTIONAL": False, "BLOCK_T": 1}
     _attention_dbias_kernel[(pieces * splits,)](

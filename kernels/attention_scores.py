@@ -61,11 +61,12 @@ class Options(NamedTuple):
 
         2 for a number that is read or drawn for each pair, in a tile of its own; 1 for others.
         """
-        tiles = [x is not None for x in (self.mask, self.bias, self.table)]
+        masking = [x for x in (self.mask, self.bias) if x is not None]
+        by_key = [x.shape[2] == 1 or x.stride(2) == 0 for x in masking]
+        tiles = len(by_key) - sum(by_key) + (self.table is not None) + (self.dropout_p > 0.0)
         light = [x is not None for x in (self.alibi_slopes, self.sinks)]
-        tiles.append(self.dropout_p > 0.0)
         light += [self.window_left >= 0, self.softcap > 0.0]
-        return 2 * sum(tiles) + sum(light)
+        return 2 * tiles + sum(light) + sum(by_key)
 
 
 @triton.jit
@@ -123,18 +124,25 @@ def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options
             s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_col * stride_bias_n
-        offsets = rows.to(tl.int64) * stride_bias_m + cols * stride_bias_n
-        bias = tl.load(
-            bias_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=float("-inf")
-        )
-        bias = bias.to(tl.float32)
+        bias = _load_pairs(
+            bias_ptr, stride_bias_m, stride_bias_n, rows, cols, M, N - first_col, float("-inf")
+        ).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h + first_col * stride_mask_n
-        offsets = rows.to(tl.int64) * stride_mask_m + cols * stride_mask_n
-        keep = tl.load(mask_ptr + offsets, mask=(rows < M) & (cols < N - first_col), other=0)
+        keep = _load_pairs(mask_ptr, stride_mask_m, stride_mask_n, rows, cols, M, N - first_col, 0)
         s = tl.where(keep != 0, s, float("-inf"))
     return s, slope
+
+
+@triton.jit
+def _load_pairs(ptr, stride_m, stride_n, rows, cols, M, N, other):
+    """What is stored for the pairs of rows and cols, or for cols alone if stride_m is None."""
+    if stride_m is None:
+        return tl.load(ptr + cols * stride_n, mask=cols < N, other=other)
+    else:
+        offsets = rows.to(tl.int64) * stride_m + cols * stride_n
+        return tl.load(ptr + offsets, mask=(rows < M) & (cols < N), other=other)
 
 
 @triton.jit
@@ -319,10 +327,12 @@ def block_descriptors(
     return tuple(descriptors)
 
 
-def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int]:
-    strides = [0] * 4
+def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int | None]:
+    """Of a mask or bias; None along the queries if it is the same for all of them."""
+    strides = [0, 0, None, 0]
     if x is not None:
         strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
+        strides[2] = strides[2] or None
         if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
             strides[3] = 1
     return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))
