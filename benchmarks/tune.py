@@ -32,7 +32,7 @@ from fastlm.bench.run import run_case
 from fastlm.kernels.configs import (
     AttentionConfig,
     RowConfig,
-    dot_precision,
+    attention_row,
     next_power_of_2,
     target,
 )
@@ -126,32 +126,22 @@ def tune_attention(args, device: torch.device, dtype: torch.dtype) -> list[str]:
         shape = shapes.AttentionShape(batch, args.seqlen, args.seqlen, heads, heads, headdim)
         case = attention_case("tune", shape, args.variant, device, dtype)
 
-        def choose(original, config, part=part):
-            return lambda which, *rest: config if which == part else original(which, *rest)
+        asked = {}
+
+        def choose(original, config, part=part, asked=asked):
+            def chosen(which, *rest):
+                asked[which] = rest
+                return config if which == part else original(which, *rest)
+
+            return chosen
 
         tma = (True, False) if target(device) in ("sm_90", "sm_100") else (False,)
         candidates = attention_candidates(tma)
         best = sweep(case, direction, module, "attention_config", choose, candidates)
-        name, key, width = place(part, device, headdim, dtype)
-        # Where options take registers, `attention_config` takes smaller tiles than the table's.
-        halved = " after halving" if {"bias", "mask"} & set(case.tensors) else ""
-        lines += [
-            f"{name} {key} head dims up to {width}{halved}: {astuple(r.config)}"
-            f"  {_source(r, device)}"
-            for r in best[:3]
-        ]
+        if best:
+            place, _ = attention_row(part, *asked[part])
+            lines += [f"{place}: {astuple(r.config)}  {_source(r, device)}" for r in best[:3]]
     return lines
-
-
-def place(
-    part: str, device: torch.device, headdim: int, dtype: torch.dtype
-) -> tuple[str, tuple[str, str], int]:
-    """Where `attention_config` looks for aligned tensors: target, (arithmetic, pass), width."""
-    name = target(device)
-    arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
-    if name == "gfx942" and arithmetic == "tf32":
-        arithmetic = "ieee"
-    return name, (arithmetic, part), max(next_power_of_2(headdim), 32)
 
 
 def tune_decode(args, device: torch.device, dtype: torch.dtype) -> list[str]:

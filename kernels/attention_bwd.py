@@ -29,6 +29,7 @@ from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
     block_descriptors,
+    has_nan,
     key_ranges,
     load_block,
     logits,
@@ -99,50 +100,56 @@ def _add_dq(
     first_key, last_key, rows, M, N, diagonal, scale, options, seed_ptr, threshold, dropout_scale,
     batch, head, k_desc, v_desc, place,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys [begin, end) contribute to dq / scale of a tile of queries.
 
-    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN.
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. ZERO: so may keys
+    that a mask or a bias forbids to all rows.
     """
-    for start in range(begin, end, BLOCK_N):
-        if k_desc is not None and not MASKED:
-            k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
-            v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
-        else:
-            k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT)
-            v = load_rows(
-                v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
-            )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        local = tl.arange(0, BLOCK_N)
-        cols = start + local
-        slope = 1.0
-        if PLAIN:
-            p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
-        else:
-            s, slope = logits(
-                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
-            )
-            p = probabilities(s, lse[:, None], lse_low[:, None] if lse_low is not None else None)
-        if MASKED:
-            seen = cols[None, :] <= last_key[:, None]
-            if HAS_LEFT:
-                seen = seen & (cols[None, :] >= first_key[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if seed_ptr is not None:
-            keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
-        ds = p * (dp - delta[:, None]) * slope
-        if MASKED:
-            ds = tl.where(seen, ds, 0.0)
-        if FORBIDS:  # keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN
-            allowed = s != float("-inf")
-            ds = tl.where(allowed, ds, 0.0)
-            visible = tl.max(allowed.to(tl.int32), 0)
-            k = zero_rows(k, visible)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if begin < end:  # see `_attend`
+        for start in range(begin, end, BLOCK_N):
+            if k_desc is not None and not MASKED:
+                k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
+                v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
+            else:
+                k = load_rows(
+                    k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT
+                )
+                v = load_rows(
+                    v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
+                )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            local = tl.arange(0, BLOCK_N)
+            cols = start + local
+            slope = 1.0
+            if PLAIN:
+                p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+            else:
+                s, slope = logits(
+                    s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head,
+                    options,
+                )  # fmt: skip
+                low_lse = lse_low[:, None] if lse_low is not None else None
+                p = probabilities(s, lse[:, None], low_lse)
+            if MASKED:
+                seen = cols[None, :] <= last_key[:, None]
+                if HAS_LEFT:
+                    seen = seen & (cols[None, :] >= first_key[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if seed_ptr is not None:
+                keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+            ds = p * (dp - delta[:, None]) * slope
+            if MASKED:
+                ds = tl.where(seen, ds, 0.0)
+            if ZERO:
+                allowed = s != float("-inf")
+                ds = tl.where(allowed, ds, 0.0)
+                visible = tl.max(allowed.to(tl.int32), 0)
+                k = zero_rows(k, visible)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
@@ -192,7 +199,6 @@ def _attention_bwd_dq_kernel(
         dq_ptr -= batch * M * H * D
         stats += first_q - batch * H * T
     place = place_in_blocks(batch, first_k, head_k, cu_k_ptr)
-    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
     do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
@@ -211,20 +217,28 @@ def _attention_bwd_dq_kernel(
             dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
             begin, tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
             options, seed_ptr, threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV,
-            True, True, PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            True, True, PLAIN, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full,
         full_end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV, False, False, PLAIN,
-        FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT,
         full_end, end, low, first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr,
         threshold, dropout_scale, batch, head, k_desc, v_desc, place, D, DV, True, HAS_LEFT, PLAIN,
-        FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+        False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    if mask_ptr is not None or bias_ptr is not None:
+        if has_nan(dq):  # of a key that is forbidden, maybe
+            dq = _add_dq(
+                tl.zeros_like(dq), q, do, lse, lse_low, delta, k_ptr, v_ptr, stride_kn * UNIT,
+                stride_vn * UNIT, begin, end, low, first_key, last_key, rows, n_q, n_k, diagonal,
+                scale, options, seed_ptr, threshold, dropout_scale, batch, head, k_desc, v_desc,
+                place, D, DV, True, HAS_LEFT, PLAIN, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
     dq *= scale
     store_rows(dq_ptr, first_row, H.to(tl.int64) * D, n_q, dq, BLOCK_M, D, BLOCK_D)
 
@@ -232,51 +246,51 @@ def _attention_bwd_dq_kernel(
 @triton.jit
 def _add_dk_dv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm, stride_qh,
-    stride_dom, stride_doh, GROUP, M, N, T, begin, count, full, jump, first_row, last_row,
+    stride_dom, stride_doh, GROUP, M, N, T, begin, count, full, jump, low_row, first_row, last_row,
     first_col, diagonal, scale, batch, head_0, options, seed_ptr, threshold, dropout_scale,
     q_desc, do_desc, batch_q, first_q,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, FORBIDS: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, ZERO: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk / scale and dv of a block of keys what `count` tiles of queries, from tile `begin`
     on, of each of GROUP heads contribute. From tile `full` on, `jump` tiles are left out.
 
-    MASKED: rows from first_row to last_row see a key. Heads and tiles are one loop: in two, every
-    pointer would live twice, and registers spill.
+    MASKED: rows from first_row to last_row see a key, those below low_row none; they may hold NaN.
+    ZERO: so may rows to which a mask or a bias forbids all keys. Heads and tiles are one loop: in
+    two, every pointer would live twice, and registers spill.
     """
     rows = tl.arange(0, BLOCK_M)
-    tiles = tl.maximum(count, 1)  # the compiler may divide before it looks whether count is 0
-    for i in range(0, GROUP * count):
-        head = (i // tiles).to(tl.int64)
-        tile = begin + i % tiles
+    head = tl.to_tensor(0)
+    index = tl.to_tensor(0)
+    for _ in range(0, GROUP * count):
+        tile = begin + index
         if MASKED:
             tile = tl.where(tile < full, tile, tile + jump)
         start = tile * BLOCK_M
-        if q_desc is not None and not MASKED:
-            place = (batch_q, first_q, (head_0 + head).to(tl.int32))
-            q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
-            do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
-        else:
-            q = load_rows(
-                q_ptr + head * stride_qh, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED
-            )
-            do = load_rows(
-                do_ptr + head * stride_doh, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED
-            )
-        stats = head * T + start + rows
+        stats = head.to(tl.int64) * T + start + rows
         if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
             lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
         else:
             lse = tl.load(lse_ptr + stats)
             delta = tl.load(delta_ptr + stats)
-        if FORBIDS or (MASKED and HAS_RIGHT):
-            # Rows that see no key may hold NaN, and 0 * NaN is NaN.
-            alive = tl.where(lse < float("inf"), 1, 0)
-            q = zero_rows(q, alive)
-            do = zero_rows(do, alive)
+        if q_desc is not None and not MASKED:
+            place = (batch_q, first_q, (head_0 + head).to(tl.int32))
+            q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
+            do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
+        else:
+            q_at = q_ptr + head.to(tl.int64) * stride_qh
+            do_at = do_ptr + head.to(tl.int64) * stride_doh
+            alive = lse < float("inf") if ZERO else None
+            q = load_rows(
+                q_at, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED, low_row, HAS_RIGHT, alive
+            )
+            do = load_rows(
+                do_at, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED, low_row, HAS_RIGHT,
+                alive,
+            )  # fmt: skip
         # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 1.0
@@ -309,9 +323,12 @@ def _add_dk_dv(
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :]) * slope
-        if FORBIDS:
+        if ZERO:
             ds = tl.where(s != float("-inf"), ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        index += 1
+        head += tl.where(index == count, 1, 0)
+        index = tl.where(index == count, 0, index)
     return dk, dv
 
 
@@ -368,7 +385,6 @@ def _attention_bwd_dk_dv_kernel(
     if lse_low_ptr is not None:
         lse_low_ptr += stats
     batch_q, first_q, _ = place_in_blocks(batch, first_q, head, cu_q_ptr)
-    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     # Keys that no row sees are not read, nor the last rows if they see no key; they may hold NaN.
     seen = n_k
@@ -388,11 +404,11 @@ def _attention_bwd_dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     # Tiles [begin, full) and [full_end, end) of rows see some of the keys, those between all.
+    low_row = -diagonal - right  # the first that sees any key
     first_row = cols - diagonal - right  # the first and the last that see the key
     last_row = cols - diagonal + left
     last_key = tl.minimum(first_key + BLOCK_N, n_k) - 1
-    begin = 0
-    full = 0
+    begin, full = 0, 0
     full_end = n_q // BLOCK_M
     end = tl.cdiv(n_q, BLOCK_M)
     if HAS_RIGHT:
@@ -407,17 +423,27 @@ def _attention_bwd_dk_dv_kernel(
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
         stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, begin, masked,
-        full, full_end - full, first_row, last_row, first_key, diagonal, scale, batch, head,
-        options, seed_ptr, threshold, dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV,
-        True, HAS_LEFT, HAS_RIGHT, PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        full, full_end - full, low_row, first_row, last_row, first_key, diagonal, scale, batch,
+        head, options, seed_ptr, threshold, dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV,
+        True, HAS_LEFT, HAS_RIGHT, PLAIN, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dk, dv = _add_dk_dv(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr, delta_ptr, stride_qm * UNIT,
         stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT, GROUP, n_q, n_k, T, full,
-        full_end - full, full, 0, first_row, last_row, first_key, diagonal, scale, batch,
+        full_end - full, full, 0, low_row, first_row, last_row, first_key, diagonal, scale, batch,
         head, options, seed_ptr, threshold, dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV,
-        False, HAS_LEFT, HAS_RIGHT, PLAIN, FORBIDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        False, HAS_LEFT, HAS_RIGHT, PLAIN, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    if mask_ptr is not None or bias_ptr is not None:
+        if has_nan(dk) or has_nan(dv):  # of a key or a row that is forbidden, maybe
+            dk, dv = _add_dk_dv(
+                tl.zeros_like(dk), tl.zeros_like(dv), k, v, q_ptr, do_ptr, lse_ptr, lse_low_ptr,
+                delta_ptr, stride_qm * UNIT, stride_qh * UNIT, stride_dom * UNIT, stride_doh * UNIT,
+                GROUP, n_q, n_k, T, begin, tl.maximum(end - begin, 0), end, 0, low_row, first_row,
+                last_row, first_key, diagonal, scale, batch, head, options, seed_ptr, threshold,
+                dropout_scale, q_desc, do_desc, batch_q, first_q, D, DV, True, HAS_LEFT, HAS_RIGHT,
+                PLAIN, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
     dk *= scale
     if seqlens_k_ptr is not None:
         dk = tl.where(cols[:, None] < n_k, dk, 0.0)

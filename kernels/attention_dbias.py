@@ -90,12 +90,11 @@ def _attention_dbias_kernel(
     stride_vb: tl.int64, stride_vn: tl.int64, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int64, stride_doh: tl.int64,
     H, GROUP, M, N, T, OH, kept_m, kept_n, LH, loops_m, loops_n, loops, splits, size: tl.int64,
-    scale, mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64,
-    stride_mask_m, stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64,
-    stride_bias_h: tl.int64, stride_bias_m, stride_bias_n: tl.int64, values_ptr, extent,
-    slopes_ptr, stride_sb: tl.int64, softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr,
-    threshold: tl.uint32, dropout_scale, left, right, bottom_right,
-    KIND: tl.constexpr, NUM_BUCKETS: tl.constexpr, STARTS: tl.constexpr,
+    scale, mask_ptr, stride_mask_b: tl.int64, stride_mask_h: tl.int64, stride_mask_m,
+    stride_mask_n: tl.int64, bias_ptr, stride_bias_b: tl.int64, stride_bias_h: tl.int64,
+    stride_bias_m, stride_bias_n: tl.int64, values_ptr, extent, slopes_ptr, stride_sb: tl.int64,
+    softcap, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, seed_ptr, threshold: tl.uint32, dropout_scale, left,
+    right, bottom_right, KIND: tl.constexpr, NUM_BUCKETS: tl.constexpr, STARTS: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr, REDUCE_M: tl.constexpr, REDUCE_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -128,7 +127,9 @@ def _attention_dbias_kernel(
             batch, M, N, cu_q_ptr, cu_k_ptr, seqlens_k_ptr, bottom_right
         )
         end = n_k
-        seen = (first_row < n_q) & (start < n_k)
+        seen = True  # a branch would keep the loads out of the pipeline
+        if HAS_LEFT or HAS_RIGHT or cu_q_ptr is not None or seqlens_k_ptr is not None:
+            seen = (first_row < n_q) & (start < n_k)
         if HAS_RIGHT:
             last_row = tl.minimum(first_row + BLOCK_M, n_q) - 1
             end = tl.minimum(last_row + diagonal + right + 1, n_k)
@@ -165,11 +166,10 @@ def _attention_dbias_kernel(
             if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
+            low = None
             if lse_low_ptr is not None:
-                low = tl.load(lse_low_ptr + stats, mask=rows < n_q, other=0.0)
-                p = probabilities(s, lse[:, None], low[:, None])
-            else:
-                p = probabilities(s, lse[:, None], None)
+                low = tl.load(lse_low_ptr + stats, mask=rows < n_q, other=0.0)[:, None]
+            p = probabilities(s, lse[:, None], low)
             if delta_ptr is not None and KIND != "delta":
                 dp -= tl.load(delta_ptr + stats, mask=rows < n_q, other=0.0)[:, None]
             ds = p * dp

@@ -24,6 +24,7 @@ from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
     block_descriptors,
+    has_nan,
     key_ranges,
     load_block,
     logits,
@@ -102,61 +103,65 @@ def _attend(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, low, first_key, last_key,
     rows, M, N, diagonal, scale, options, seed_ptr, threshold, batch, head, k_desc, v_desc, place,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    PLAIN: tl.constexpr, FORBIDS: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [begin, end) to the running maximum, sum and output of a tile of queries.
 
-    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. PLAIN: scores and
-    maxima are in base 2.
+    MASKED: no row sees keys below `low` and from `end` on; they may hold NaN. ZERO: so may keys
+    that a mask or a bias forbids to all rows. PLAIN: scores and maxima are in base 2.
     """
     scale_log2 = scale * LOG2_E
-    for start in range(begin, end, BLOCK_N):
-        if k_desc is not None and not MASKED:
-            k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
-        else:
-            k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if k_desc is not None and not MASKED:
-            v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
-        else:
-            v = load_rows(
-                v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
-            )
-        local = tl.arange(0, BLOCK_N)
-        cols = start + local
-        if not PLAIN:
-            s, _ = logits(
-                s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head, options
-            )
-        elif MASKED:
-            s *= scale_log2
-        if FORBIDS:  # keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN
-            visible = tl.max((s != float("-inf")).to(tl.int32), 0)
-            v = zero_rows(v, visible)
-        if MASKED:
-            seen = cols[None, :] <= last_key[:, None]
-            if HAS_LEFT:
-                seen = seen & (cols[None, :] >= first_key[:, None])
-            s = tl.where(seen, s, float("-inf"))
-        if PLAIN and not MASKED:
-            p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
-        else:
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            # A row that has seen no key yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            if PLAIN:
-                p = tl.exp2(s - shift[:, None])
-                alpha = tl.exp2(m_i - shift)
+    # Zeros that an empty loop leaves would be moved into the sums of wgmmas, and these serialized
+    # for that (C7515 in the log of ptxas).
+    if begin < end:
+        for start in range(begin, end, BLOCK_N):
+            if k_desc is not None and not MASKED:
+                k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
             else:
-                p = tl.exp2((s - shift[:, None]) * LOG2_E)
-                alpha = tl.exp2((m_i - shift) * LOG2_E)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            m_i = m_new
-        if seed_ptr is not None:
-            keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+                k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if k_desc is not None and not MASKED:
+                v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
+            else:
+                v = load_rows(
+                    v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
+                )
+            local = tl.arange(0, BLOCK_N)
+            cols = start + local
+            if not PLAIN:
+                s, _ = logits(
+                    s, rows[:, None], start, local[None, :], M, N, diagonal, scale, batch, head,
+                    options,
+                )  # fmt: skip
+            elif MASKED:
+                s *= scale_log2
+            if ZERO:
+                visible = tl.max((s != float("-inf")).to(tl.int32), 0)
+                v = zero_rows(v, visible)
+            if MASKED:
+                seen = cols[None, :] <= last_key[:, None]
+                if HAS_LEFT:
+                    seen = seen & (cols[None, :] >= first_key[:, None])
+                s = tl.where(seen, s, float("-inf"))
+            if PLAIN and not MASKED:
+                p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
+            else:
+                m_new = tl.maximum(m_i, tl.max(s, 1))
+                # Of a row that has seen no key yet exp2(-inf - -inf) is NaN, exp2(-inf - 0) is 0.
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                if PLAIN:
+                    p = tl.exp2(s - shift[:, None])
+                    alpha = tl.exp2(m_i - shift)
+                else:
+                    p = tl.exp2((s - shift[:, None]) * LOG2_E)
+                    alpha = tl.exp2((m_i - shift) * LOG2_E)
+                l_i = l_i * alpha + tl.sum(p, 1)
+                m_i = m_new
+            if seed_ptr is not None:
+                keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
 
 
@@ -199,7 +204,6 @@ def _attention_fwd_kernel(
     k_ptr += (batch * stride_kb + first_k * stride_kn + head_k * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
     place = place_in_blocks(batch, first_k, head_k, cu_k_ptr)
-    FORBIDS: tl.constexpr = mask_ptr is not None or bias_ptr is not None
 
     q = load_rows(q_ptr, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -214,7 +218,7 @@ def _attention_fwd_kernel(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, begin,
             tl.minimum(full, end), low, first_key, last_key, rows, n_q, n_k, diagonal, scale,
             options, seed_ptr, threshold, batch, head, k_desc, v_desc, place, D, DV, True, True,
-            PLAIN, FORBIDS, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            PLAIN, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if k_desc is not None and PLAIN and seed_ptr is None:
         acc, m_i, l_i = _attend_whole(
@@ -225,15 +229,24 @@ def _attention_fwd_kernel(
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full, full_end, low,
             first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr, threshold,
-            batch, head, k_desc, v_desc, place, D, DV, False, False, PLAIN, FORBIDS, PRECISION,
+            batch, head, k_desc, v_desc, place, D, DV, False, False, PLAIN, False, PRECISION,
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_kn * UNIT, stride_vn * UNIT, full_end, end, low,
         first_key, last_key, rows, n_q, n_k, diagonal, scale, options, seed_ptr, threshold, batch,
-        head, k_desc, v_desc, place, D, DV, True, HAS_LEFT, PLAIN, FORBIDS, PRECISION, BLOCK_N,
+        head, k_desc, v_desc, place, D, DV, True, HAS_LEFT, PLAIN, False, PRECISION, BLOCK_N,
         BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    if mask_ptr is not None or bias_ptr is not None:
+        if has_nan(acc):  # of a key that is forbidden, maybe: 0 * NaN is NaN
+            acc, m_i, l_i = _attend(
+                tl.zeros_like(acc), tl.full([BLOCK_M], float("-inf"), tl.float32),
+                tl.zeros([BLOCK_M], tl.float32), q, k_ptr, v_ptr, stride_kn * UNIT,
+                stride_vn * UNIT, begin, end, low, first_key, last_key, rows, n_q, n_k, diagonal,
+                scale, options, seed_ptr, threshold, batch, head, k_desc, v_desc, place, D, DV,
+                True, HAS_LEFT, PLAIN, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
 
     dead = m_i == float("-inf")
     if PLAIN:

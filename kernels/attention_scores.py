@@ -59,14 +59,15 @@ class Options(NamedTuple):
     def burden(self) -> int:
         """What the options take of a multiprocessor beside the scores, for `attention_config`.
 
-        2 for a number that is read or drawn for each pair, in a tile of its own; 1 for others.
+        By the registers that the compiler wants: most for a mask or bias of its own for each pair.
         """
-        masking = [x for x in (self.mask, self.bias) if x is not None]
-        by_key = [x.shape[2] == 1 or x.stride(2) == 0 for x in masking]
-        tiles = len(by_key) - sum(by_key) + (self.table is not None) + (self.dropout_p > 0.0)
         light = [x is not None for x in (self.alibi_slopes, self.sinks)]
         light += [self.window_left >= 0, self.softcap > 0.0]
-        return 2 * tiles + sum(light) + sum(by_key)
+        burden = sum(light) + 2 * (self.table is not None) + 3 * (self.dropout_p > 0.0)
+        for x, by_key in ((self.mask, 2), (self.bias, 3)):
+            if x is not None:
+                burden += by_key if x.shape[2] == 1 or x.stride(2) == 0 else 4
+        return burden
 
 
 @triton.jit
@@ -152,6 +153,14 @@ def probabilities(s, lse, lse_low):
         return tl.exp2((s - lse - lse_low) * LOG2_E)
     else:
         return tl.exp2((s - lse) * LOG2_E)
+
+
+@triton.jit
+def has_nan(x):
+    """Whether a tile holds a NaN. What masks and biases forbid is multiplied by 0, and where that
+    gives NaN a tile is computed again, with 0 for it: hardly ever, where zeros first would cost
+    every tile."""
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit

@@ -169,20 +169,23 @@ def _attention_weights_bwd_dq_kernel(
     lse = tl.load(lse_ptr + stats, mask=rows < M, other=float("inf"))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dlse = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_kn * UNIT, end, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT)
-        w, slope, allowed = _weights(
-            q, k, lse, rows, start, M, n_k, diagonal, first_key, last_key, scale, batch, head,
-            options, seed_ptr, threshold, dropout_scale, PRECISION, BLOCK_N,
-        )  # fmt: skip
-        dw = load_pairs(dw_ptr, first_row, start, stride_wm, M, N, UNIT_W, BLOCK_M, BLOCK_N)
-        ds = tl.where(allowed, w * dw, 0.0)
-        dlse -= tl.sum(ds, 1)
-        ds = tl.where(allowed, ds * slope, 0.0)
-        if mask_ptr is not None or bias_ptr is not None:
-            # Keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN.
-            k = zero_rows(k, tl.max(allowed.to(tl.int32), 0))
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if begin < end:  # see `_attend`
+        for start in range(begin, end, BLOCK_N):
+            k = load_rows(
+                k_ptr, start, stride_kn * UNIT, end, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT
+            )
+            w, slope, allowed = _weights(
+                q, k, lse, rows, start, M, n_k, diagonal, first_key, last_key, scale, batch, head,
+                options, seed_ptr, threshold, dropout_scale, PRECISION, BLOCK_N,
+            )  # fmt: skip
+            dw = load_pairs(dw_ptr, first_row, start, stride_wm, M, N, UNIT_W, BLOCK_M, BLOCK_N)
+            ds = tl.where(allowed, w * dw, 0.0)
+            dlse -= tl.sum(ds, 1)
+            ds = tl.where(allowed, ds * slope, 0.0)
+            if mask_ptr is not None or bias_ptr is not None:
+                # Keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN.
+                k = zero_rows(k, tl.max(allowed.to(tl.int32), 0))
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale
     store_rows(dq_ptr, first_row, H.to(tl.int64) * D, M, dq, BLOCK_M, D, BLOCK_D)
     tl.store(dlse_ptr + stats, dlse, mask=rows < M)
@@ -235,29 +238,33 @@ def _attention_weights_bwd_dk_kernel(
     end = tl.where(start < seen, end, 0)
     first_tile = begin // BLOCK_M
     count = tl.maximum(tl.cdiv(end, BLOCK_M) - first_tile, 0)
-    tiles = tl.maximum(count, 1)  # the compiler may divide before it looks whether count is 0
     k = load_rows(k_ptr, start, stride_kn * UNIT, seen, BLOCK_N, D, BLOCK_D, True, low, HAS_LEFT)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for i in range(0, GROUP * count):
-        head = head_k * GROUP + i // tiles
-        first_row = (first_tile + i % tiles) * BLOCK_M
-        rows = first_row + tl.arange(0, BLOCK_M)
-        first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
-        q_at = q_ptr + head * stride_qh * UNIT
-        q = load_rows(
-            q_at, first_row, stride_qm * UNIT, end, BLOCK_M, D, BLOCK_D, True, begin, HAS_RIGHT
-        )
-        lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf"))
-        w, slope, allowed = _weights(
-            q, k, lse, rows, start, M, n_k, diagonal, first_key, last_key, scale, batch, head,
-            options, seed_ptr, threshold, dropout_scale, PRECISION, BLOCK_N,
-        )  # fmt: skip
-        dw_at = dw_ptr + head * stride_wh * UNIT_W
-        dw = load_pairs(dw_at, first_row, start, stride_wm, M, N, UNIT_W, BLOCK_M, BLOCK_N)
-        ds = tl.where(allowed, w * dw * slope, 0.0)
-        if mask_ptr is not None or bias_ptr is not None:
-            q = zero_rows(q, tl.max(allowed.to(tl.int32), 1))
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    head = head_k * GROUP
+    tile = first_tile
+    if count > 0:  # see `_attend`
+        for _ in range(0, GROUP * count):
+            first_row = tile * BLOCK_M
+            rows = first_row + tl.arange(0, BLOCK_M)
+            first_key, last_key = seen_keys(rows, n_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
+            q_at = q_ptr + head * stride_qh * UNIT
+            q = load_rows(
+                q_at, first_row, stride_qm * UNIT, end, BLOCK_M, D, BLOCK_D, True, begin, HAS_RIGHT
+            )
+            lse = tl.load(lse_ptr + head * M + rows, mask=rows < M, other=float("inf"))
+            w, slope, allowed = _weights(
+                q, k, lse, rows, start, M, n_k, diagonal, first_key, last_key, scale, batch, head,
+                options, seed_ptr, threshold, dropout_scale, PRECISION, BLOCK_N,
+            )  # fmt: skip
+            dw_at = dw_ptr + head * stride_wh * UNIT_W
+            dw = load_pairs(dw_at, first_row, start, stride_wm, M, N, UNIT_W, BLOCK_M, BLOCK_N)
+            ds = tl.where(allowed, w * dw * slope, 0.0)
+            if mask_ptr is not None or bias_ptr is not None:
+                q = zero_rows(q, tl.max(allowed.to(tl.int32), 1))
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+            tile += 1
+            head += tl.where(tile == first_tile + count, 1, 0)
+            tile = tl.where(tile == first_tile + count, first_tile, tile)
     dk *= scale
     dk_ptr += (batch * N * H_K + head_k) * D
     store_rows(dk_ptr, start, H_K.to(tl.int64) * D, N, dk, BLOCK_N, D, BLOCK_D)

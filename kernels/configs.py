@@ -199,7 +199,7 @@ _ATTENTION = {
     "sm_100": {
         **_NVIDIA,
         ("half", "fwd"): (
-            (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2),
+            (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2),
         ),
         ("half", "dq"): (
             (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1),
@@ -238,32 +238,41 @@ _ATTENTION = {
         ),
     },
 }  # fmt: skip
-# (target, arithmetic) of configurations with `tma`. With pointers ptxas serializes the wgmmas of
-# most attention kernels (C7515 in its log), because of the zeros that skip an empty loop.
-_TMA = {("sm_90", "half")}
+# Targets whose halves are loaded with `tma`, which takes no registers for addresses.
+_TMA = {"sm_90"}
 # (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
 # halves: no spills of any one option up to burden 3.
 _BURDENED = {
-    ("sm_80", "fwd"): {2: ((64, 32, 8, 2), (64, 32, 8, 2))},
-    ("sm_80", "dq"): {2: ((128, 32, 8, 2), (64, 64, 8, 2)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
-    ("sm_80", "dkv"): {2: ((32, 32, 4, 2), (32, 64, 8, 2)), 4: ((32, 32, 4, 2), (16, 64, 8, 2))},
+    ("sm_80", "fwd"): {2: ((128, 64, 8, 2), (128, 32, 8, 3)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
+    ("sm_80", "dq"): {
+        2: ((128, 32, 8, 2), (64, 64, 8, 2)),
+        4: ((128, 32, 8, 2), (64, 32, 8, 2)),
+        6: ((64, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    ("sm_80", "dkv"): {
+        2: ((32, 32, 4, 2), (64, 64, 8, 2)),
+        3: ((32, 32, 4, 2), (32, 64, 8, 2)),
+        6: ((32, 32, 4, 2), (16, 64, 8, 2)),
+    },
     ("sm_90", "fwd"): {
         1: ((128, 64, 8, 3), (128, 64, 8, 3)),
-        2: ((128, 64, 8, 3), (128, 32, 8, 3)),
-        4: ((128, 32, 8, 2), (128, 16, 8, 2)),
+        4: ((128, 64, 8, 2), (128, 32, 8, 3)),
+        7: ((128, 32, 8, 2), (128, 16, 8, 2)),
     },
-    ("sm_90", "dq"): {2: ((128, 64, 8, 3), (128, 32, 8, 3)), 4: ((128, 32, 8, 2), (128, 16, 8, 2))},
+    ("sm_90", "dq"): {4: ((128, 64, 8, 2), (128, 32, 8, 3)), 7: ((128, 32, 8, 2), (128, 16, 8, 2))},
     ("sm_90", "dkv"): {
-        1: ((64, 128, 8, 3), (32, 128, 8, 2)),
-        2: ((64, 128, 8, 3), (16, 128, 8, 2)),
-        4: ((16, 128, 8, 2), (16, 128, 8, 2)),
+        1: ((64, 128, 8, 3), (32, 128, 8, 3)),
+        3: ((64, 128, 8, 3), (16, 128, 8, 2)),
+        4: ((32, 128, 8, 2), (16, 128, 8, 2)),
+        7: ((16, 128, 8, 2), (16, 128, 8, 2)),
     },
 }  # fmt: skip
 # The interpreter: small, and wider than high and higher than wide.
 _ATTENTION_CPU = {
-    "fwd": AttentionConfig(32, 16, 4, 1),
-    "dq": AttentionConfig(16, 32, 4, 1),
-    "dkv": AttentionConfig(16, 32, 4, 1),
+    "fwd": (32, 16, 4, 1),
+    "dq": (16, 32, 4, 1),
+    "dkv": (16, 32, 4, 1),
+    "dbias": (16, 32, 4, 1),
 }
 
 
@@ -278,27 +287,45 @@ def attention_config(
         burden: `Options.burden`, what options take beside the scores.
     """
     name = target(device)
-    table = "dq" if which == "dbias" else which
+    half = _arithmetic(name, dtype, unit) == "half"
+    _, (m, n, warps, stages) = attention_row(which, device, headdim, dtype, unit, burden)
+    if which == "dbias" and name != "cpu":  # all four tensors come anew with each tile
+        pipelined = half and headdim <= {"sm_80": 64, "sm_90": 128}.get(name, 0)
+        return AttentionConfig(m, max(n // 2, 16), warps, 2 if pipelined else 1)
+    return AttentionConfig(m, n, warps, stages, half and name in _TMA)
+
+
+def attention_row(
+    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
+) -> tuple[str, tuple[int, int, int, int]]:
+    """Where in this file `attention_config` looks, and what it finds."""
+    name = target(device)
     if name == "cpu":
-        return _ATTENTION_CPU[table]
-    arithmetic = dot_precision(dtype) if dtype == torch.float32 else "half"
-    if name == "gfx942" and arithmetic == "tf32":
-        arithmetic = "ieee"  # the same matrix cores
-    if name != "gfx942" and arithmetic == "half" and unit == 1:
-        arithmetic = "narrow"
-    by_headdim = _ATTENTION[name][arithmetic, table]
-    m, n, warps, stages = by_headdim[max((headdim - 1).bit_length() - 5, 0)]
-    if which == "dbias":
-        return AttentionConfig(m, max(n // 2, 16), warps, 1)
+        return f"_ATTENTION_CPU[{which!r}]", _ATTENTION_CPU[which]
+    arithmetic = _arithmetic(name, dtype, unit)
+    key = arithmetic, "dq" if which == "dbias" else which
+    by_headdim, column = _ATTENTION[name][key], max((headdim - 1).bit_length() - 5, 0)
+    place, row = f"_ATTENTION[{name!r}][{key}][{column}]", by_headdim[column]
     if arithmetic == "half" and headdim <= 128 and (name, which) in _BURDENED:
-        fitting = [row for least, row in _BURDENED[name, which].items() if least <= burden]
+        table, column = _BURDENED[name, which], int(headdim > 64)
+        if which == "fwd" and headdim & (headdim - 1):
+            burden += 2  # columns that are not there
+        fitting = [least for least in table if least <= burden]
         if fitting:
-            m, n, warps, stages = fitting[-1][headdim > 64]
-    elif burden > 1 and which == "dkv":
-        m, stages = max(m // 2, 16), min(stages, 2)
-    elif burden > 1:
-        n, stages = max(n // 2, 16), min(stages, 2)
-    return AttentionConfig(m, n, warps, stages, (name, arithmetic) in _TMA)
+            place = f"_BURDENED[{(name, which)}][{fitting[-1]}][{column}]"
+            row = table[fitting[-1]][column]
+    elif burden > 1 and which != "dbias":
+        m, n, warps, stages = row
+        m, n = (max(m // 2, 16), n) if which == "dkv" else (m, max(n // 2, 16))
+        place, row = f"{place}, halved", (m, n, warps, min(stages, 2))
+    return place, row
+
+
+def _arithmetic(name: str, dtype: torch.dtype, unit: int) -> str:
+    if dtype == torch.float32:
+        precision = dot_precision(dtype)
+        return "ieee" if name == "gfx942" else precision  # there tf32 has the same matrix cores
+    return "narrow" if unit == 1 and name != "gfx942" else "half"
 
 
 # Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.

@@ -70,7 +70,7 @@ def tile_and_head(pid, tiles, longest_last, section):
 
 @triton.jit
 def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              MASKED: tl.constexpr, low=0, HAS_LOW: tl.constexpr = False):  # fmt: skip
+              MASKED: tl.constexpr, low=0, HAS_LOW: tl.constexpr = False, keep=None):  # fmt: skip
     """Rows [first, first + BLOCK_M) of an M x D matrix, with 0 outside it.
 
     The offsets within a tile do not depend on `first`, so a loop computes them once and keeps them
@@ -80,6 +80,7 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
         stride: elements between rows, int64.
         MASKED: False promises that all rows are below M.
         low: with MASKED and HAS_LOW, rows below it are 0 too.
+        keep: with MASKED, booleans [BLOCK_M]; rows where it is False are 0 too.
 
     Returns:
         [BLOCK_M, BLOCK_D] in the dtype of `ptr`.
@@ -92,6 +93,8 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
         mask = (rows < M - first)[:, None]
         if HAS_LOW:
             mask = mask & (rows >= low - first)[:, None]
+        if keep is not None:
+            mask = mask & keep[:, None]
         if D != BLOCK_D:
             mask = mask & (cols < D)[None, :]
         return tl.load(ptrs, mask=mask, other=0.0)

@@ -229,22 +229,22 @@ def test_tune_sweeps_attention(kind, monkeypatch):
     else:
         lines = tune.tune_attention(args, CPU, torch.float32)
         assert set(wanted) <= seen
-        assert all(f"'{kind}') head dims up to 512: (" in line for line in lines)
+        assert all(line.startswith(f"_ATTENTION_CPU['{kind}']: (") for line in lines)
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize("burden", [0, 3, 9])
 @pytest.mark.parametrize("headdim", [20, 32, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_tune_names_the_place_that_attention_config_reads(headdim, target, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    tune = load("tune")
-    for module in (tune, configs):
-        monkeypatch.setattr(module, "target", lambda device: target)
-    for part, dtype in itertools.product(tune.PARTS, (torch.bfloat16, torch.float32)):
-        name, key, width = tune.place(part, CPU, headdim, dtype)
-        row = configs._ATTENTION[name][key][(32, 64, 128, 256, 512).index(width)]
-        config = astuple(configs.attention_config(part, CPU, headdim, dtype, 8, 0))
-        assert config == (*row, (name, key[0]) in configs._TMA)
+def test_configurations_are_found_at_the_place_that_is_named(headdim, target, burden, monkeypatch):
+    monkeypatch.setattr(configs, "target", lambda device: target)
+    for part, dtype in itertools.product(("fwd", "dq", "dkv"), (torch.bfloat16, torch.float32)):
+        call = (part, CPU, headdim, dtype, 8, burden)
+        place, row = configs.attention_row(*call)
+        place, *halved = place.split(", halved")
+        assert halved or eval(place, vars(configs).copy()) == row
+        tma = target == "sm_90" and dtype != torch.float32
+        assert astuple(configs.attention_config(*call)) == (*row, tma)
 
 
 def interpreted(make, *call):

@@ -60,7 +60,6 @@ def _row(**changes) -> Row:
         ({"dot": "mma"}, "multiplies with mma.sync instead of wgmma"),
         ({"dot": "mma", "case": "attention-fp32-d64"}, None),
         ({"dot": "wgmma, serial"}, "waits for each wgmma before the next"),
-        ({"dot": "wgmma, serial", "case": "attention-bf16-d64-pointers"}, None),
         ({"case": "norm-bf16-aligned", "load_bits": 32}, "loads 32 bits at a time"),
         ({"case": "norm-bf16-odd", "load_bits": 16}, None),
     ],

@@ -121,7 +121,9 @@ def attention_options() -> Iterator[Case]:
     dropout = {"dropout_p": 0.1, "seed": 1}
     yield case("bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
     yield case("columns", "bf16", 128, ampere, hopper, bias=tensor(2, 1, 1, 1024))
+    yield case("bias", "bf16", 128, ampere, hopper, bias=tensor(16, 1024, 1024))
     yield case("table", "bf16", 64, bias=relative)
+    yield case("table", "bf16", 128, hopper, bias=relative)
     yield case("alibi", "fp32", 64, hopper, "gfx942", causal=True, alibi_slopes=tensor(16))
     yield case("alibi", "bf16", 128, ampere, hopper, causal=True, alibi_slopes=tensor(16))
     yield case("mask", "bf16", 64, ampere, hopper, "gfx942", mask=mask)
@@ -131,7 +133,9 @@ def attention_options() -> Iterator[Case]:
     yield case("window", "bf16", 64, hopper, window=(256, 0))
     yield case("window", "bf16", 128, ampere, hopper, "gfx942", window=(256, 0))
     yield case("lengths", "bf16", 128, hopper, seqlens_k=tensor(2, dtype=torch.int32))
-    yield case("many-bert", "bf16", 64, ampere, hopper, mask=mask, **dropout)
+    yield case("bert", "bf16", 64, ampere, hopper, mask=mask, **dropout)
+    yield case("bert", "bf16", 128, hopper, mask=mask, **dropout)
+    yield case("t5", "bf16", 64, ampere, hopper, bias=relative, mask=mask)
     yield case("many-t5", "bf16", 64, hopper, bias=relative, mask=mask, **dropout)
 
 

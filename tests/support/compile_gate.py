@@ -138,9 +138,7 @@ def broken_rules(row: Row) -> Iterator[str]:
     few_rows = "-decode" in row.case  # wgmma wants 64 rows, the queries of decoding fill 16
     if row.target == "sm_90" and half and row.dot == "mma" and not few_rows:
         yield "multiplies with mma.sync instead of wgmma"
-    tma = headdim is not None and int(headdim[1]) % 8 == 0 and "-pointers" not in row.case
-    plain = "-options" not in row.case and "-weights" not in row.case
-    if row.dot == "wgmma, serial" and half and plain and tma:
+    if row.dot == "wgmma, serial":
         yield "waits for each wgmma before the next"
     if "-aligned" in row.case and target.backend == "cuda" and 0 < row.load_bits < 128:
         yield f"loads {row.load_bits} bits at a time, 128 are possible"
