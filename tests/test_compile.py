@@ -44,6 +44,7 @@ def _row(**changes) -> Row:
     row = {
         "target": "sm_90", "case": "attention-bf16-d128-full", "kernel": "k", "warps": 8,
         "registers": 255, "spills": 0, "shared": 1000, "load_bits": 128, "dot": "wgmma",
+        "resident": 8,
     }  # fmt: skip
     return Row(**{**row, **changes})
 
@@ -58,7 +59,11 @@ def _row(**changes) -> Row:
         ({"shared": 232449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
         ({"target": "gfx942", "warps": 32}, "has 2048 threads"),
         ({"dot": "mma"}, "multiplies with mma.sync instead of wgmma"),
+        ({"dot": "wgmma and mma"}, "multiplies with mma.sync instead of wgmma"),
         ({"dot": "mma", "case": "attention-fp32-d64"}, None),
+        ({"resident": 4}, "leaves room for 4 warps on a multiprocessor, wants 8"),
+        ({"resident": 4, "case": "attention-bf16-d64-decode-odd"}, None),
+        ({"resident": 0, "case": "norm-bf16-odd"}, "leaves room for 0 warps"),
         ({"dot": "wgmma, serial"}, "waits for each wgmma before the next"),
         ({"case": "norm-bf16-aligned", "load_bits": 32}, "loads 32 bits at a time"),
         ({"case": "norm-bf16-odd", "load_bits": 16}, None),

@@ -39,20 +39,34 @@ CASES = HERE / "compile_cases.py"
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU by its limits: shared memory of one block, in bytes, and multiprocessors."""
+    """A GPU by its limits: shared memory of one block, in bytes, and multiprocessors.
+
+    On a multiprocessor `warps` fit, which share `registers` for each of their lanes.
+    """
 
     backend: str
     arch: int | str
     warp_size: int
     shared: int
     multiprocessors: int
+    warps: int = 64
+    registers: int = 2048
+
+    def resident(self, warps: int, registers: int, shared: int) -> int:
+        """Warps of a kernel that run on a multiprocessor at a time; 0 if it cannot be launched."""
+        reserved = 1024 if self.backend == "cuda" else 0  # of shared memory, for each block
+        registers = -(-max(registers, 1) // 8) * 8
+        limits = [self.warps // warps, self.registers // (registers * warps)]
+        if shared + reserved:
+            limits.append((self.shared + reserved) // (shared + reserved))
+        return min(limits) * warps
 
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024, 108),
     "sm_90": Target("cuda", 90, 32, 227 * 1024, 132),
     "sm_100": Target("cuda", 100, 32, 227 * 1024, 148),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 304),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 304, warps=32),
 }
 
 
@@ -62,8 +76,8 @@ class Row:
 
     `spills` and `shared` are bytes (spills on AMD: registers). Half of the bytes that the kernel's
     load instructions read come in pieces of at least `load_bits`. `dot` is the instruction of its
-    matrix products; "wgmma, serial" where ptxas found that it has to wait for each (C7510 to C7520
-    in its log).
+    matrix products, or both; "wgmma, serial" where ptxas found that it has to wait for each (C7510
+    to C7520 in its log). `resident` warps run on a multiprocessor at a time.
     """
 
     target: str
@@ -75,6 +89,7 @@ class Row:
     shared: int
     load_bits: int
     dot: str
+    resident: int
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -134,9 +149,12 @@ def broken_rules(row: Row) -> Iterator[str]:
         yield f"needs {row.shared} bytes of shared memory, {row.target} has {target.shared}"
     if row.warps * target.warp_size > 1024:
         yield f"has {row.warps * target.warp_size} threads"
+    least = 8 if row.case.startswith("attention") and "-decode" not in row.case else 1
+    if row.resident < least and small and target.backend == "cuda":
+        yield f"leaves room for {row.resident} warps on a multiprocessor, wants {least}"
     half = "-bf16" in row.case or "-fp16" in row.case
     few_rows = "-decode" in row.case  # wgmma wants 64 rows, the queries of decoding fill 16
-    if row.target == "sm_90" and half and row.dot == "mma" and not few_rows:
+    if row.target == "sm_90" and half and " mma" in f" {row.dot}" and not few_rows:
         yield "multiplies with mma.sync instead of wgmma"
     if row.dot == "wgmma, serial":
         yield "waits for each wgmma before the next"
@@ -221,7 +239,8 @@ class Recorder:
         read = _nvidia_resources if "ptx" in kernel.asm else _amd_resources
         registers, spills, load_bits, dot = read(kernel.asm, self._logs[kernel.hash])
         where = self.target, self.case, name, meta.num_warps
-        return Row(*where, registers, spills, meta.shared, load_bits, dot)
+        resident = TARGETS[self.target].resident(meta.num_warps, registers, meta.shared)
+        return Row(*where, registers, spills, meta.shared, load_bits, dot, resident)
 
     def _write(self, name: str, kernel) -> None:
         self.asm.mkdir(parents=True, exist_ok=True)
@@ -240,7 +259,7 @@ def _nvidia_resources(asm, log: str) -> tuple[int, int, int, str]:
     widths += [128] * len(re.findall(r"cp\.async\.(?:cg|bulk)", ptx))  # 16 bytes, and whole tiles
     dots = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
     serial = ", serial" if "wgmma.mma_async instructions are serialized" in log else ""
-    return registers, spills, _median_by_size(widths), _first(dots, ptx) + serial
+    return registers, spills, _median_by_size(widths), _all(dots, ptx) + serial
 
 
 def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
@@ -250,7 +269,7 @@ def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
     loads = re.findall(r"(?:global|buffer)_load_(\w+)", text)
     words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
     load_bits = _median_by_size([words.get(load, 16) for load in loads])
-    return count["vgpr_count"], spills, load_bits, _first({"v_mfma": "mfma"}, text)
+    return count["vgpr_count"], spills, load_bits, _all({"v_mfma": "mfma"}, text)
 
 
 def _median_by_size(widths: list[int]) -> int:
@@ -263,8 +282,8 @@ def _median_by_size(widths: list[int]) -> int:
     return 0
 
 
-def _first(names: dict[str, str], text: str) -> str:
-    return next((short for name, short in names.items() if name in text), "")
+def _all(names: dict[str, str], text: str) -> str:
+    return " and ".join(short for name, short in names.items() if name in text)
 
 
 def _work(options) -> None:
