@@ -12,6 +12,8 @@ fp32. Gradients of biases, tables and slopes: attention_dbias.py. Scores: attent
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ from fastlm.kernels.configs import (
     ceil_div,
     dot_precision,
     next_power_of_2,
+    target,
 )
 from fastlm.kernels.primitives import (
     dropout_keep,
@@ -368,6 +371,8 @@ def _arguments(q, k, w, options: Options) -> tuple[list[int], dict]:
 def _launch(which: str, tensors, strides, call: dict, burden: int) -> None:
     q, k = tensors[:2]
     config = attention_config(which, q.device, call["D"], q.dtype, call["UNIT"], burden)
+    if target(q.device) == "sm_90" and q.dtype != torch.float32 and config.block_m < 64:
+        config = replace(config, block_m=64, block_n=64)  # wgmma wants 64 rows of both products
     tiles_m, tiles_n = ceil_div(call["M"], config.block_m), ceil_div(call["N"], config.block_n)
     kernel, programs = {
         "fwd": (_attention_weights_fwd_kernel, tiles_m * tiles_n * call["H"]),

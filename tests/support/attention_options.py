@@ -27,7 +27,7 @@ VALUES = {
     "dropout_p": [0.0, 0.3],
     "packed": [False, True],
     "lengths": [(18, 18), (1, 41), (35, 19), (21, 70)],
-    "heads": [(2, 2), (2, 1), (3, 1)],
+    "heads": [(2, 2), (2, 1), (4, 2)],
     "headdim": [16, 7, 72],
     "headdim_v": [None, 24],
     "dtype": [torch.float32, torch.float16, torch.bfloat16],
