@@ -262,8 +262,8 @@ def _add_dk_dv(
     two, every pointer would live twice, and registers spill.
     """
     rows = tl.arange(0, BLOCK_M)
-    head = tl.to_tensor(0)
-    index = tl.to_tensor(0)
+    head = tl.cast(0, tl.int32)
+    index = tl.cast(0, tl.int32)
     for _ in range(0, GROUP * count):
         tile = begin + index
         if MASKED:

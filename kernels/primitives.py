@@ -38,13 +38,13 @@ def dropout_keep(seed, threshold, batch, head, rows, first_column, BLOCK_N: tl.c
         seed,
         zeros + group[None, :],
         zeros + rows.to(tl.uint32)[:, None],
-        zeros + tl.to_tensor(head).to(tl.uint32),
-        zeros + tl.to_tensor(batch).to(tl.uint32),
+        zeros + tl.cast(head, tl.uint32),
+        zeros + tl.cast(batch, tl.uint32),
     )
     # The words of one call lie side by side in the last dimension: 0, 1, 2, 3.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, GROUPS, 2, 2]
     words = tl.reshape(words, [BLOCK_M, BLOCK_N])
-    return words >= tl.to_tensor(threshold).to(tl.uint32)
+    return words >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def load_rows(ptr, first, stride, M, BLOCK_M: tl.constexpr, D: tl.constexpr, BLO
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + offsets
     if MASKED:
         mask = (rows < M - first)[:, None]
         if HAS_LOW:
@@ -111,7 +111,7 @@ def store_rows(ptr, first, stride, M, x, BLOCK_M: tl.constexpr, D: tl.constexpr,
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     offsets = (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-    ptrs = ptr + tl.to_tensor(first).to(tl.int64) * stride + offsets
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + offsets
     mask = (rows < M - first)[:, None]
     if D != BLOCK_D:
         mask = mask & (cols < D)[None, :]
@@ -125,7 +125,7 @@ def _pairs(first_row, first_col, stride, M, N, UNIT: tl.constexpr, BLOCK_M: tl.c
 
     UNIT divides N, and says so to the compiler: it then moves UNIT elements at once.
     """
-    rows = tl.to_tensor(first_row).to(tl.int64) + tl.arange(0, BLOCK_M)
+    rows = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
     offsets = (rows * (stride * UNIT))[:, None] + cols[None, :]
     return offsets, (rows < M)[:, None] & (cols < N // UNIT * UNIT)[None, :]

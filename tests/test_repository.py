@@ -329,6 +329,25 @@ except RuntimeError as error:
     assert run_python(code).startswith("layer_norm: impl must be available, got 'triton'")
 
 
+# Of triton.language, what Triton 3.6 has, the oldest that we support, and we use.
+TRITON_3_6 = """
+abs arange bfloat16 cast cdiv constexpr device_assert dot erf exp exp2 float16 float32 full int16
+int32 int64 join load log log2 max maximum min minimum num_programs philox program_id reshape rsqrt
+static_assert static_range store sum trans uint32 where zeros zeros_like
+"""
+
+
+def test_kernels_use_what_the_oldest_triton_has():
+    """It has no `to_tensor`, for example. Before adding a name, look whether 3.6 has it."""
+    used = {
+        node.attr
+        for file in (ROOT / "kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "tl"
+    }
+    assert used == set(TRITON_3_6.split())
+
+
 def test_kernels_is_not_ours():
     """A top-level `kernels` would shadow the Hugging Face package of that name."""
     spec = find_spec("kernels")
