@@ -301,12 +301,14 @@ EMPTY = {
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", EMPTY)
 def test_sdpa_empty(name, is_causal, impl):
-    """0 where there are no keys. (Torch's fused kernel leaves that memory as it was.)"""
+    """0 where there are no keys. (Torch's fused kernel leaves that memory as it was, and without
+    heads some versions of it divide by 0.)"""
     tensors = {n: x.requires_grad_() for n, x in qkv(*EMPTY[name]).items()}
     out = fastlm.scaled_dot_product_attention(**tensors, is_causal=is_causal)
-    expected = F.scaled_dot_product_attention(**tensors, is_causal=is_causal)
-    assert out.shape == expected.shape and out.dtype == expected.dtype
+    query, value = tensors["query"], tensors["value"]
+    assert out.shape == (*query.shape[:-1], value.shape[-1]) and out.dtype == query.dtype
     if name == "head_dim":  # the mean of value
+        expected = F.scaled_dot_product_attention(**tensors, is_causal=is_causal)
         assert torch.equal(out, expected)
     elif out.numel():
         assert name == "keys" and not out.any()

@@ -447,7 +447,7 @@ def test_ffn_recompute_saves_its_inputs_alone(op, impl, device):
     inputs = {n: t.requires_grad_() for n, t in small(op, device=device).items()}
     run = lambda: getattr(fastlm, op)(**inputs, **options_of(op), recompute=True, impl=impl)
     allowed = sorted([tuple(t.shape) for t in inputs.values()] + [()])  # (): the seed
-    saved = saved_by(run)
+    saved = [shape for shape in saved_by(run) if shape != (0,)]  # a dummy of torch's, to 2.12
     assert (6, 12) in saved and all(shape in allowed for shape in saved)
     assert len(saved) <= len(allowed)
 

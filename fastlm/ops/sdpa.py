@@ -25,9 +25,9 @@ def scaled_dot_product_attention(
     """Torch's function, with its signature, layout and semantics, on fastlm's kernels.
 
     Inputs become views in fastlm's layout and are not copied. What has no such view (nested
-    tensors, more than four dimensions), what the kernels have no case for (no heads, a headdim of
-    0, value with other heads than key) and what torch refuses goes to torch's own function, whose
-    result or error it then is.
+    tensors, more than four dimensions), what the kernels have no case for (headdim 0, value with
+    other heads than key) and what torch refuses goes to torch's own function, whose result or
+    error it then is.
 
     Args:
         query: (batch, nheads, seqlen_q, headdim), or without nheads, or without both.
@@ -50,6 +50,8 @@ def scaled_dot_product_attention(
         RuntimeError, IndexError: dtypes and shapes that do not fit, from torch.
     """
     _check(query, key, value, attn_mask, is_causal)
+    if query.dim() == 4 and query.shape[1] == key.shape[1] == 0:  # ends some torch by a signal
+        return query @ key.mT @ value
     tensors = None
     if _has_kernels(query, key, value, is_causal, enable_gqa):
         tensors = _four_dims(query, key, value, enable_gqa)
