@@ -264,71 +264,82 @@ def _add_dk_dv(
     rows = tl.arange(0, BLOCK_M)
     head = tl.cast(0, tl.int32)
     index = tl.cast(0, tl.int32)
-    for _ in range(0, GROUP * count):
-        tile = begin + index
-        if MASKED:
-            tile = tl.where(tile < full, tile, tile + jump)
-        start = tile * BLOCK_M
-        stats = head.to(tl.int64) * T + start + rows
-        if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
-            lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
-            delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + stats)
-            delta = tl.load(delta_ptr + stats)
-        if q_desc is not None and not MASKED:
-            place = (batch_q, first_q, (head_0 + head).to(tl.int32))
-            q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
-            do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
-        else:
-            q_at = q_ptr + head.to(tl.int64) * stride_qh
-            do_at = do_ptr + head.to(tl.int64) * stride_doh
-            alive = lse < float("inf") if ZERO else None
-            q = load_rows(
-                q_at, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED, low_row, HAS_RIGHT, alive
-            )
-            do = load_rows(
-                do_at, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED, low_row, HAS_RIGHT,
-                alive,
-            )  # fmt: skip
-        # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        slope = 1.0
-        if PLAIN:
-            p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
-        else:
-            s, slope = logits(
-                s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
-                M, N, diagonal, scale, batch, head_0 + head, options,
-            )  # fmt: skip
-            if lse_low_ptr is not None:
-                low = tl.load(lse_low_ptr + stats, mask=rows < M - start, other=0.0)
-                p = probabilities(s, lse[None, :], low[None, :])
+    if count > 0:  # see `_attend`
+        for _ in range(0, GROUP * count):
+            tile = begin + index
+            if MASKED:
+                tile = tl.where(tile < full, tile, tile + jump)
+            start = tile * BLOCK_M
+            stats = head.to(tl.int64) * T + start + rows
+            if MASKED:  # rows from M on: p = exp2(0 - inf) = 0
+                lse = tl.load(lse_ptr + stats, mask=rows < M - start, other=float("inf"))
+                delta = tl.load(delta_ptr + stats, mask=rows < M - start, other=0.0)
             else:
-                p = probabilities(s, lse[None, :], None)
-        if MASKED and HAS_RIGHT:
-            p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
-        if MASKED and HAS_LEFT:
-            p = tl.where(start + rows[None, :] <= last_row[:, None], p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if seed_ptr is not None:
-            keep = dropout_keep(
-                tl.load(seed_ptr), threshold, batch, head_0 + head, start + rows, first_col,
-                BLOCK_N,
-            )  # fmt: skip
-            keep = tl.trans(keep)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
-            kept = tl.where(keep, p * dropout_scale, 0.0)
-            dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-        else:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :]) * slope
-        if ZERO:
-            ds = tl.where(s != float("-inf"), ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        index += 1
-        head += tl.where(index == count, 1, 0)
-        index = tl.where(index == count, 0, index)
+                lse = tl.load(lse_ptr + stats)
+                delta = tl.load(delta_ptr + stats)
+            if q_desc is not None and not MASKED:
+                place = (batch_q, first_q, (head_0 + head).to(tl.int32))
+                q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
+                do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
+            else:
+                q_at = q_ptr + head.to(tl.int64) * stride_qh
+                do_at = do_ptr + head.to(tl.int64) * stride_doh
+                alive = lse < float("inf") if ZERO else None
+                q = load_rows(
+                    q_at,
+                    start,
+                    stride_qm,
+                    M,
+                    BLOCK_M,
+                    D,
+                    BLOCK_D,
+                    MASKED,
+                    low_row,
+                    HAS_RIGHT,
+                    alive,
+                )
+                do = load_rows(
+                    do_at, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED, low_row, HAS_RIGHT,
+                    alive,
+                )  # fmt: skip
+            # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            slope = 1.0
+            if PLAIN:
+                p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+            else:
+                s, slope = logits(
+                    s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
+                    M, N, diagonal, scale, batch, head_0 + head, options,
+                )  # fmt: skip
+                if lse_low_ptr is not None:
+                    low = tl.load(lse_low_ptr + stats, mask=rows < M - start, other=0.0)
+                    p = probabilities(s, lse[None, :], low[None, :])
+                else:
+                    p = probabilities(s, lse[None, :], None)
+            if MASKED and HAS_RIGHT:
+                p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
+            if MASKED and HAS_LEFT:
+                p = tl.where(start + rows[None, :] <= last_row[:, None], p, 0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if seed_ptr is not None:
+                keep = dropout_keep(
+                    tl.load(seed_ptr), threshold, batch, head_0 + head, start + rows, first_col,
+                    BLOCK_N,
+                )  # fmt: skip
+                keep = tl.trans(keep)
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+                kept = tl.where(keep, p * dropout_scale, 0.0)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+            else:
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :]) * slope
+            if ZERO:
+                ds = tl.where(s != float("-inf"), ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            index += 1
+            head += tl.where(index == count, 1, 0)
+            index = tl.where(index == count, 0, index)
     return dk, dv
 
 

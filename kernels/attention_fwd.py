@@ -71,7 +71,8 @@ def _attend_whole(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """`_attend` for PLAIN calls without dropout and keys that all rows see, by descriptors.
+    """`_attend` for PLAIN calls without dropout or left window and keys that all rows see, by
+    descriptors.
 
     Each product with v is issued one block late: it then runs beside a softmax that does not need
     it. Before the first block p is 0, and v lies before the tensor, where it reads as 0.
@@ -220,7 +221,7 @@ def _attention_fwd_kernel(
             options, seed_ptr, threshold, batch, head, k_desc, v_desc, place, D, DV, True, True,
             PLAIN, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    if k_desc is not None and PLAIN and seed_ptr is None:
+    if k_desc is not None and PLAIN and seed_ptr is None and not HAS_LEFT:
         acc, m_i, l_i = _attend_whole(
             acc, m_i, l_i, q, k_desc, v_desc, place, full, full_end, scale, BLOCK_M, BLOCK_N,
             BLOCK_D, BLOCK_DV,
