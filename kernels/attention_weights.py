@@ -372,7 +372,8 @@ def _launch(which: str, tensors, strides, call: dict, burden: int) -> None:
     q, k = tensors[:2]
     config = attention_config(which, q.device, call["D"], q.dtype, call["UNIT"], burden)
     if target(q.device) == "sm_90" and q.dtype != torch.float32 and config.block_m < 64:
-        config = replace(config, block_m=64, block_n=64)  # wgmma wants 64 rows of both products
+        # wgmma wants 64 rows of both products.
+        config = replace(config, block_m=64, block_n=64, num_warps=8)
     tiles_m, tiles_n = ceil_div(call["M"], config.block_m), ceil_div(call["N"], config.block_n)
     kernel, programs = {
         "fwd": (_attention_weights_fwd_kernel, tiles_m * tiles_n * call["H"]),
