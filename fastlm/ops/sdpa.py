@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
         RuntimeError, IndexError: dtypes and shapes that do not fit, from torch.
     """
     _check(query, key, value, attn_mask, is_causal)
-    if query.dim() == 4 and query.shape[1] == key.shape[1] == 0:  # ends some torch by a signal
+    if all(_lacks_heads(x) for x in (query, key, value)):  # would end some versions of torch
         return query @ key.mT @ value
     tensors = None
     if _has_kernels(query, key, value, is_causal, enable_gqa):
@@ -88,6 +88,10 @@ def _check(query, key, value, attn_mask, is_causal) -> None:
         # Torch's fused CPU kernel would read past value's end.
         constraint = f"have key's seqlen {key.shape[-2]}"
         raise fail(_OP, "value", constraint, tuple(value.shape), RuntimeError)
+
+
+def _lacks_heads(x) -> bool:
+    return not x.is_nested and x.dim() == 4 and x.shape[1] == 0
 
 
 def _has_kernels(query, key, value, is_causal, enable_gqa) -> bool:
