@@ -31,7 +31,7 @@ from fastlm.kernels.attention_scores import (
     block_descriptors,
     has_nan,
     key_ranges,
-    load_block,
+    load_tile,
     logits,
     option_arguments,
     place_in_blocks,
@@ -110,16 +110,14 @@ def _add_dq(
     """
     if begin < end:  # see `_attend`
         for start in range(begin, end, BLOCK_N):
-            if k_desc is not None and not MASKED:
-                k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
-                v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
-            else:
-                k = load_rows(
-                    k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low, HAS_LEFT
-                )
-                v = load_rows(
-                    v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
-                )
+            k = load_tile(
+                k_desc, place, k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, low,
+                HAS_LEFT,
+            )  # fmt: skip
+            v = load_tile(
+                v_desc, place, v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low,
+                HAS_LEFT,
+            )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             local = tl.arange(0, BLOCK_N)
             cols = start + local
@@ -277,31 +275,18 @@ def _add_dk_dv(
             else:
                 lse = tl.load(lse_ptr + stats)
                 delta = tl.load(delta_ptr + stats)
-            if q_desc is not None and not MASKED:
-                place = (batch_q, first_q, (head_0 + head).to(tl.int32))
-                q = load_block(q_desc, place, start, BLOCK_M, BLOCK_D)
-                do = load_block(do_desc, place, start, BLOCK_M, BLOCK_DV)
-            else:
-                q_at = q_ptr + head.to(tl.int64) * stride_qh
-                do_at = do_ptr + head.to(tl.int64) * stride_doh
-                alive = lse < float("inf") if ZERO else None
-                q = load_rows(
-                    q_at,
-                    start,
-                    stride_qm,
-                    M,
-                    BLOCK_M,
-                    D,
-                    BLOCK_D,
-                    MASKED,
-                    low_row,
-                    HAS_RIGHT,
-                    alive,
-                )
-                do = load_rows(
-                    do_at, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED, low_row, HAS_RIGHT,
-                    alive,
-                )  # fmt: skip
+            place = (batch_q, first_q, (head_0 + head).to(tl.int32))
+            q_at = q_ptr + head.to(tl.int64) * stride_qh
+            do_at = do_ptr + head.to(tl.int64) * stride_doh
+            alive = lse < float("inf") if ZERO else None
+            q = load_tile(
+                q_desc, place, q_at, start, stride_qm, M, BLOCK_M, D, BLOCK_D, MASKED, low_row,
+                HAS_RIGHT, alive,
+            )  # fmt: skip
+            do = load_tile(
+                do_desc, place, do_at, start, stride_dom, M, BLOCK_M, DV, BLOCK_DV, MASKED, low_row,
+                HAS_RIGHT, alive,
+            )  # fmt: skip
             # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             slope = 1.0
@@ -312,11 +297,10 @@ def _add_dk_dv(
                     s, start + rows[None, :], first_col, tl.arange(0, BLOCK_N)[:, None],
                     M, N, diagonal, scale, batch, head_0 + head, options,
                 )  # fmt: skip
+                low = None
                 if lse_low_ptr is not None:
-                    low = tl.load(lse_low_ptr + stats, mask=rows < M - start, other=0.0)
-                    p = probabilities(s, lse[None, :], low[None, :])
-                else:
-                    p = probabilities(s, lse[None, :], None)
+                    low = tl.load(lse_low_ptr + stats, mask=rows < M - start, other=0.0)[None, :]
+                p = probabilities(s, lse[None, :], low)
             if MASKED and HAS_RIGHT:
                 p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
             if MASKED and HAS_LEFT:

@@ -27,6 +27,7 @@ from fastlm.kernels.attention_scores import (
     has_nan,
     key_ranges,
     load_block,
+    load_tile,
     logits,
     option_arguments,
     place_in_blocks,
@@ -117,17 +118,14 @@ def _attend(
     # for that (C7515 in the log of ptxas).
     if begin < end:
         for start in range(begin, end, BLOCK_N):
-            if k_desc is not None and not MASKED:
-                k = load_block(k_desc, place, start, BLOCK_N, BLOCK_D)
-            else:
-                k = load_rows(k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED)
+            k = load_tile(
+                k_desc, place, k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, 0, False
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if k_desc is not None and not MASKED:
-                v = load_block(v_desc, place, start, BLOCK_N, BLOCK_DV)
-            else:
-                v = load_rows(
-                    v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low, HAS_LEFT
-                )
+            v = load_tile(
+                v_desc, place, v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low,
+                HAS_LEFT,
+            )  # fmt: skip
             local = tl.arange(0, BLOCK_N)
             cols = start + local
             if not PLAIN:

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args, next_power_of_2
-from fastlm.kernels.primitives import LOG2_E, relative_bucket, tanh
+from fastlm.kernels.primitives import LOG2_E, load_rows, relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
 # a mask's and a bias's keys is 1, or 0, mostly; knowing the 1 saves registers.
@@ -66,7 +66,7 @@ class Options(NamedTuple):
         burden = sum(light) + 2 * (self.table is not None) + 3 * (self.dropout_p > 0.0)
         for x, by_key in ((self.mask, 2), (self.bias, 3)):
             if x is not None:
-                burden += by_key if x.shape[2] == 1 or x.stride(2) == 0 else 4
+                burden += 4 if _stride_along_queries(x) else by_key
         return burden
 
 
@@ -195,6 +195,18 @@ def load_block(desc, place, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """
     batch, first, head = place
     return desc.load([batch, first + start, head, 0]).reshape(ROWS, BLOCK_D)
+
+
+@triton.jit
+def load_tile(
+    desc, place, ptr, start, stride, M, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, low, HAS_LOW: tl.constexpr, keep=None,
+):  # fmt: skip
+    """`load_block` where there is a descriptor and no row to leave out, else `load_rows`."""
+    if desc is not None and not MASKED:
+        return load_block(desc, place, start, ROWS, BLOCK_D)
+    else:
+        return load_rows(ptr, start, stride, M, ROWS, D, BLOCK_D, MASKED, low, HAS_LOW, keep)
 
 
 @triton.jit
@@ -336,12 +348,16 @@ def block_descriptors(
     return tuple(descriptors)
 
 
+def _stride_along_queries(x: torch.Tensor) -> int | None:
+    """Of a mask or bias; None if it is the same for all of them."""
+    return x.stride(2) if x.shape[2] > 1 and x.stride(2) else None
+
+
 def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int | None]:
-    """Of a mask or bias; None along the queries if it is the same for all of them."""
     strides = [0, 0, None, 0]
     if x is not None:
         strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
-        strides[2] = strides[2] or None
+        strides[2] = _stride_along_queries(x)
         if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
             strides[3] = 1
     return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))

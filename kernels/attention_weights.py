@@ -12,8 +12,6 @@ fp32. Gradients of biases, tables and slopes: attention_dbias.py. Scores: attent
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +34,6 @@ from fastlm.kernels.configs import (
     ceil_div,
     dot_precision,
     next_power_of_2,
-    target,
 )
 from fastlm.kernels.primitives import (
     dropout_keep,
@@ -322,7 +319,7 @@ def attention_weights_bwd(
     if dq.numel():
         _launch("dq", (q, k, lse, dw, dq, dlse), strides, call, options.burden + 2)
     if dk.numel():
-        _launch("dkv", (q, k, lse, dw, dk), strides, call, options.burden + 2)
+        _launch("dk", (q, k, lse, dw, dk), strides, call, options.burden + 2)
     # What attention_dbias.py takes: dw in the place of do v^T, from which no delta is subtracted.
     pairs = (
         (q, k, None, dw, lse, None, None),
@@ -371,13 +368,10 @@ def _arguments(q, k, w, options: Options) -> tuple[list[int], dict]:
 def _launch(which: str, tensors, strides, call: dict, burden: int) -> None:
     q, k = tensors[:2]
     config = attention_config(which, q.device, call["D"], q.dtype, call["UNIT"], burden)
-    if target(q.device) == "sm_90" and q.dtype != torch.float32 and config.block_m < 64:
-        # wgmma wants 64 rows of both products.
-        config = replace(config, block_m=64, block_n=64, num_warps=8)
     tiles_m, tiles_n = ceil_div(call["M"], config.block_m), ceil_div(call["N"], config.block_n)
     kernel, programs = {
         "fwd": (_attention_weights_fwd_kernel, tiles_m * tiles_n * call["H"]),
         "dq": (_attention_weights_bwd_dq_kernel, tiles_m * call["H"]),
-        "dkv": (_attention_weights_bwd_dk_kernel, tiles_n * k.shape[2]),
+        "dk": (_attention_weights_bwd_dk_kernel, tiles_n * k.shape[2]),
     }[which]
     kernel[(programs * q.shape[0],)](*tensors, *strides, **call, **config.options())

@@ -241,7 +241,7 @@ _ATTENTION = {
 # Targets whose halves are loaded with `tma`, which takes no registers for addresses.
 _TMA = {"sm_90"}
 # (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
-# halves: no spills of any one option up to burden 3.
+# halves: no spills of any one option, of BERT's (mask, dropout) and of T5's (table, mask).
 _BURDENED = {
     ("sm_80", "fwd"): {2: ((128, 64, 8, 2), (128, 32, 8, 3)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
     ("sm_80", "dq"): {
@@ -278,7 +278,7 @@ _ATTENTION_CPU = {
 def attention_config(
     which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
 ) -> AttentionConfig:
-    """The configuration of a pass, "fwd", "dq", "dkv" or "dbias".
+    """The configuration of a pass, "fwd", "dq", "dkv", "dbias", or "dk" (of attention_weights).
 
     Args:
         headdim: the wider of both.
@@ -291,6 +291,8 @@ def attention_config(
     if which == "dbias" and name != "cpu":  # all four tensors come anew with each tile
         pipelined = half and headdim <= {"sm_80": 64, "sm_90": 128}.get(name, 0)
         return AttentionConfig(m, max(n // 2, 16), warps, 2 if pipelined else 1)
+    if which == "dk" and name == "sm_90" and dtype != torch.float32 and m < 64:
+        m, n, warps = 64, 64, 8  # its scores are not transposed, and wgmma wants 64 rows
     return AttentionConfig(m, n, warps, stages, half and name in _TMA)
 
 
@@ -298,7 +300,7 @@ def attention_row(
     which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
 ) -> tuple[str, tuple[int, int, int, int]]:
     """Where in this file `attention_config` looks, and what it finds."""
-    name = target(device)
+    name, which = target(device), "dkv" if which == "dk" else which
     if name == "cpu":
         return f"_ATTENTION_CPU[{which!r}]", _ATTENTION_CPU[which]
     arithmetic = _arithmetic(name, dtype, unit)
