@@ -65,6 +65,10 @@ def _row(**changes) -> Row:
         ({"resident": 4, "case": "attention-bf16-d64-decode-odd"}, None),
         ({"resident": 0, "case": "norm-bf16-odd"}, "leaves room for 0 warps"),
         ({"dot": "wgmma, serial"}, "waits for each wgmma before the next"),
+        (
+            {"dot": "wgmma and mma, serial", "case": "attention-bf16-d64-decode-odd"},
+            "waits for each",
+        ),
         ({"case": "norm-bf16-aligned", "load_bits": 32}, "loads 32 bits at a time"),
         ({"case": "norm-bf16-odd", "load_bits": 16}, None),
     ],

@@ -156,7 +156,7 @@ def broken_rules(row: Row) -> Iterator[str]:
     few_rows = "-decode" in row.case  # wgmma wants 64 rows, the queries of decoding fill 16
     if row.target == "sm_90" and half and " mma" in f" {row.dot}" and not few_rows:
         yield "multiplies with mma.sync instead of wgmma"
-    if row.dot == "wgmma, serial":
+    if "serial" in row.dot:
         yield "waits for each wgmma before the next"
     if "-aligned" in row.case and target.backend == "cuda" and 0 < row.load_bits < 128:
         yield f"loads {row.load_bits} bits at a time, 128 are possible"
