@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.ops._attention_contract import attention_bwd, attention_fwd
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_transform
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
@@ -95,91 +95,43 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse, _):
-        *tensors, out, lse, lse_low = ctx.saved_tensors
+        q, k, v, mask, bias, table, seqlens_k, cu_q, cu_k, alibi, sinks, seed, *results = (
+            ctx.saved_tensors
+        )
         need_q, need_k, need_v, _, need_bias, need_table, *_ = ctx.needs_input_grad
         need_alibi, need_sinks = ctx.needs_input_grad[9:11]
-        needs = (need_q, need_k or need_v, need_bias, need_table, need_alibi, need_sinks)
-        do = torch.zeros_like(out) if do is None else last_stride_1(do)
-        inputs = (do, dlse, *tensors, out, lse, lse_low, ctx.scalars, needs)
-        # create_graph=True: the gradients get gradients. The compiler has no second derivatives.
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        grads = _AttentionGrad.apply(*inputs) if twice else _AttentionGrad.forward(*inputs)
-        dq, dk, dv, dbias, dtable, dalibi, dsinks = grads
+        dq, dk, dv, dbias, dtable, dalibi, dsinks = gradients(
+            _fused_gradients, _by_reference, (do, dlse), (q, k, v, bias, table, alibi, sinks),
+            (mask, seqlens_k, cu_q, cu_k, seed, *results), ctx.scalars,
+            (need_q, need_k, need_v, need_bias, need_table, need_alibi, need_sinks),
+        )  # fmt: skip
         return (
-            dq if need_q else None, dk if need_k else None, dv if need_v else None, None,
-            dbias if need_bias else None, dtable if need_table else None, None, None, None,
-            dalibi if need_alibi else None, dsinks if need_sinks else None, None, None, None,
+            dq, dk, dv, None, dbias, dtable, None, None, None, dalibi, dsinks, None, None, None
         )  # fmt: skip
 
 
-class _AttentionGrad(torch.autograd.Function):
-    """The gradients of `_Attention`; theirs are the reference's."""
-
-    generate_vmap_rule = True  # jacobians: one call of the kernels for each incoming gradient
-
-    @staticmethod
-    def forward(do, dlse, *inputs):
-        q, k, v, *optional, out, lse, lse_low, scalars, needs = inputs
-        return attention_bwd(do, q, k, v, out, lse, lse_low, dlse, *optional, *scalars, *needs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, _, _, _, ctx.scalars, ctx.needs = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, *incoming):
-        need_q, need_kv, *need_rest = ctx.needs
-        grads = second_gradients(
-            lambda *tensors: _by_reference(tensors, ctx.scalars),
-            ctx, 2, (2, 3, 4, 6, 7, 11, 12), (need_q, need_kv, need_kv, *need_rest), incoming,
-        )  # fmt: skip
-        return *grads, None, None, None, None, None
+def _fused_gradients(incoming, inputs, kept, scalars, needs):
+    (do, dlse), (q, k, v, *_) = incoming, inputs
+    out, lse, lse_low = kept[5:]
+    need_q, need_k, need_v, *need_rest = needs
+    do = torch.zeros_like(out) if do is None else last_stride_1(do)
+    grads = attention_bwd(
+        do, q, k, v, out, lse, lse_low, dlse, *_optional(inputs, kept), *scalars,
+        need_q, need_k or need_v, *need_rest,
+    )  # fmt: skip
+    return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-def second_gradients(fn, ctx, outputs: int, places, produced, incoming):
-    """Gradients of what `ctx` saved, from those of the gradients computed from it.
-
-    Args:
-        fn: the tensors that the call took -> a tuple of its outputs.
-        ctx: saved are the incoming gradients of the first `outputs` outputs, of which all but the
-            first may be None, and the tensors.
-        places: of each gradient, where the tensor that it belongs to is among the saved ones.
-        produced: whether that gradient was computed.
-        incoming: the gradient of each; None where there is none.
-    """
-    saved = ctx.saved_tensors
-    wanted = [i for i in range(len(saved)) if ctx.needs_input_grad[i]]
-    places = [i for i, needed in zip(places, produced, strict=True) if needed]
-    given = [g for g, needed in zip(incoming, produced, strict=True) if needed]
-
-    def gradients(*values):
-        tensors = list(saved)
-        for i, x in zip(wanted, values, strict=True):
-            tensors[i] = x
-
-        def run(*inputs):
-            full = list(tensors)
-            for i, x in zip(places, inputs, strict=True):
-                full[i] = x
-            return fn(*full[outputs:])
-
-        results, pull = torch.func.vjp(run, *(tensors[i] for i in places))
-        pairs = zip(tensors[:outputs], results, strict=True)
-        return pull(tuple(torch.zeros_like(y) if g is None else g.to(y.dtype) for g, y in pairs))
-
-    first, pull = torch.func.vjp(gradients, *(saved[i] for i in wanted))
-    given = [torch.zeros_like(x) if g is None else g for x, g in zip(first, given, strict=True)]
-    result: list[torch.Tensor | None] = [None] * len(saved)
-    for i, g in zip(wanted, pull(tuple(given)), strict=True):
-        result[i] = g
-    return result
+def _optional(inputs, kept) -> tuple[torch.Tensor | None, ...]:
+    """The nine optional tensors, in the contracts' order."""
+    _, _, _, bias, table, alibi_slopes, sinks = inputs
+    mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, seed = kept[:5]
+    return mask, bias, table, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed
 
 
-def _by_reference(tensors, scalars) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `attention_fwd`, with the same arguments."""
-    q, k, v, *optional = tensors
+def _by_reference(inputs, kept, scalars) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of the forward pass."""
+    (q, k, v, *_), optional = inputs, _optional(inputs, kept)
     options = reference_options(optional, scalars)
     cu_q, cu_k, sinks = optional[4], optional[5], optional[7]
     if cu_q is not None:

@@ -9,6 +9,7 @@ import torch
 
 from fastlm.ops import _attention_triton
 from fastlm.ops._library import contract
+from fastlm.ops._transforms import gradients
 from fastlm.reference import attention as reference
 
 
@@ -139,49 +140,30 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dw):
+        q, k, lse, mask, bias, table, seqlens_k, alibi, seed = ctx.saved_tensors
         need_q, need_k, need_lse, _, need_bias, need_table, _, need_alibi, *_ = ctx.needs_input_grad
-        needs = (need_q or need_lse, need_k, need_bias, need_table, need_alibi)
-        inputs = (dw, *ctx.saved_tensors, ctx.scalars, needs)
-        # create_graph=True: the gradients get gradients. The compiler has no second derivatives.
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        grads = _WeightsGrad.apply(*inputs) if twice else _WeightsGrad.forward(*inputs)
-        dq, dk, dlse, dbias, dtable, dalibi = grads
-        return (
-            dq if need_q else None, dk if need_k else None, dlse if need_lse else None, None,
-            dbias if need_bias else None, dtable if need_table else None, None,
-            dalibi if need_alibi else None, None, None,
+        dq, dk, dlse, dbias, dtable, dalibi = gradients(
+            _fused_gradients, _by_reference, (dw,), (q, k, lse, bias, table, alibi),
+            (mask, seqlens_k, seed), ctx.scalars,
+            (need_q, need_k, need_lse, need_bias, need_table, need_alibi),
         )  # fmt: skip
+        return dq, dk, dlse, None, dbias, dtable, None, dalibi, None, None
 
 
-class _WeightsGrad(torch.autograd.Function):
-    """The gradients of `_Weights`; theirs are the reference's."""
-
-    @staticmethod
-    def forward(*inputs):
-        *tensors, scalars, needs = inputs
-        return attention_weights_bwd(*tensors, *scalars, *needs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scalars, ctx.needs = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, *incoming):
-        need_q, *need_rest = ctx.needs
-        produced = (need_q, need_rest[0], need_q, *need_rest[1:])
-        grads = _attention_triton.second_gradients(
-            lambda *tensors: (_by_reference(tensors, ctx.scalars),),
-            ctx, 1, (1, 2, 3, 5, 6, 8), produced, incoming,
-        )  # fmt: skip
-        return *grads, None, None
+def _fused_gradients(incoming, inputs, kept, scalars, needs):
+    (q, k, lse, bias, table, alibi), (mask, seqlens_k, seed) = inputs, kept
+    need_q, need_k, need_lse, *need_rest = needs
+    grads = attention_weights_bwd(
+        *incoming, q, k, lse, mask, bias, table, seqlens_k, alibi, seed, *scalars,
+        need_q or need_lse, need_k, *need_rest,
+    )  # fmt: skip
+    return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
 
-def _by_reference(tensors, scalars) -> torch.Tensor:
-    """The weights of `attention_weights_fwd`, with the same arguments."""
-    q, k, lse, mask, bias, table, seqlens_k, alibi_slopes, seed = tensors
+def _by_reference(inputs, kept, scalars) -> tuple[torch.Tensor]:
+    """The weights of the forward pass."""
+    (q, k, lse, bias, table, alibi_slopes), (mask, seqlens_k, seed) = inputs, kept
     options = _attention_triton.reference_options(
         (mask, bias, table, seqlens_k, None, None, alibi_slopes, None, seed), scalars
     )
-    return reference.attention_weights(q, k, lse, **options)
+    return (reference.attention_weights(q, k, lse, **options),)
