@@ -1,0 +1,50 @@
+// The compiler of the day: nvcc for a GPU, or g++ for the host build of tests/simt, which runs the
+// same kernels with one fiber for each CUDA thread. Nothing outside of arch/ asks which one it is.
+#pragma once
+
+#ifdef FASTLM_SIMT
+#include "simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlm {
+
+// Shared memory of a block, as much as its launch asked for. Kernels declare no other: the host
+// build fills this one with NaN before each block.
+template <typename T>
+__device__ inline T* shared_memory() {
+#ifdef FASTLM_SIMT
+  return static_cast<T*>(simt::shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char fastlm_shared[];
+  return reinterpret_cast<T*>(fastlm_shared);
+#endif
+}
+
+// Launches kernel(args...) and returns what the launch itself says; faults inside come later.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+#ifdef FASTLM_SIMT
+  (void)stream;
+  return simt::launch(kernel, grid, dim3(threads), shared_bytes, args...);
+#else
+  // More than 48 KiB of shared memory is granted only to kernels that ask for it.
+  if (shared_bytes > 48 * 1024) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace fastlm
