@@ -278,12 +278,12 @@ def kernel_facts(out: Path = OUT, objects: list[str] | None = None) -> list[dict
                 "spills": int(found["stores"]) + int(found["loads"]),
                 "shared": int(shared[1]) if shared else 0,
             })  # fmt: skip
-    for fact, name in zip(facts, _demangled([f["kernel"] for f in facts]), strict=True):
+    for fact, name in zip(facts, demangled([f["kernel"] for f in facts]), strict=True):
         fact["kernel"] = name
     return sorted(facts, key=lambda f: (f["target"], f["kernel"]))
 
 
-def _demangled(names: list[str]) -> list[str]:
+def demangled(names: list[str]) -> list[str]:
     """`norm_fwd_kernel<__half, 4>` of each mangled name."""
     filtered = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
