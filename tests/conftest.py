@@ -1,6 +1,8 @@
-"""Without a GPU, Triton kernels run in the hardened interpreter, on CPU tensors, in every test."""
+"""Without a GPU, kernels run on CPU tensors, in every test: Triton's in the hardened interpreter,
+those in CUDA C++ in the host build of tests/simt."""
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -35,6 +37,20 @@ def pytest_collection_modifyitems(config, items):
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _simulated(request):
+    """Loads the host build for a test of impl="cuda", in one of its modes: by the test's name, so
+    that the tests spread over all."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not HAS_GPU and params.get("impl") == "cuda":
+        import simt_build
+
+        simt_build.load(sanitized=os.environ.get("FASTLM_SIMT_SANITIZED") == "1")
+        modes = simt_build.MODES
+        name = zlib.crc32(request.node.nodeid.encode())
+        simt_build.configure(*modes[name % len(modes)], seed=name)
 
 
 @pytest.fixture
