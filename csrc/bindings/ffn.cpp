@@ -10,7 +10,6 @@
 namespace fastlm {
 namespace {
 
-using MaybeType = std::optional<ScalarType>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 FfnTensor ffn_tensor(const Tensor& x) {
@@ -26,9 +25,10 @@ Activation activation_of(const std::string& name) {
   return kNames.at(name);
 }
 
-// (rows, cols) like x, or empty where it is not wanted.
+// Of x's shape, or empty where it is not wanted.
 Tensor new_rows(const Tensor& x, bool wanted, ScalarType dtype) {
-  return new_empty(x, {x.size(0), x.size(1)}, wanted ? MaybeType(dtype) : std::nullopt);
+  if (!wanted) return new_empty(x, {0}, dtype);
+  return new_empty(x, {x.size(0), x.size(1)}, dtype);
 }
 
 // torch.promote_types of float32, float16 and bfloat16.
@@ -72,8 +72,7 @@ ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor 
   const int64_t cols = x.size(1);
   dy = as_type(dy, dtype);
   Tensor dx = new_rows(x, need_dx, dtype), y = new_rows(x, need_y, dtype);
-  Tensor dbias =
-      new_empty(x, {cols}, need_dbias ? MaybeType(bias->scalar_type()) : std::nullopt);
+  Tensor dbias = new_empty(x, {need_dbias ? cols : 0}, need_dbias ? bias->scalar_type() : dtype);
 
   BiasActBackward backward{};
   backward.call = bias_act_of(x, bias, seed, activation, dropout_p);
