@@ -3,8 +3,9 @@
 //
 // A row belongs to `lanes` threads: a power of two up to a warp, or several warps. They take its
 // columns in vectors of V, thread by thread; a tile is as many as they take at once. Which element
-// a thread has depends on the width and on V alone, and V on the dtypes alone: rows have the same
-// bits however many there are, wherever they lie and whichever of the kernels below serves them.
+// a thread has depends on the width and on V alone, and V on the dtypes alone; products that are
+// added are written as fmaf, so that no compiler chooses. So a row has the same bits however many
+// there are, wherever they lie, and whichever template serves them.
 #pragma once
 
 #include <cstring>
@@ -95,6 +96,12 @@ __device__ inline void pack(Vector<T, V>* to, const float (&x)[V]) {
     for (int i = 0; i < V / 2; i++) from_floats(&pairs[i], x[2 * i], x[2 * i + 1]);
     memcpy(to, pairs, sizeof(*to));
   }
+}
+
+template <int V>
+__device__ inline void fill(float (&x)[V], float value) {
+#pragma unroll
+  for (int i = 0; i < V; i++) x[i] = value;
 }
 
 __device__ inline float rounded(float x, Dtype dtype) {

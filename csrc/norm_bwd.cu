@@ -95,11 +95,8 @@ template <int V, typename Index>
 __device__ inline void load_weight(float (&to)[V], const NormBackward& call, Index col,
                                    bool whole) {
   const int count = columns_at<V>(col, call.cols, whole);
-  if (call.weight.ptr == nullptr || count == 0) {
-#pragma unroll
-    for (int i = 0; i < V; i++) to[i] = 1.0f;
-    return;
-  }
+  fill(to, 1.0f);
+  if (call.weight.ptr == nullptr || count == 0) return;
   load_floats(to, call.weight, col, count, whole);
   if (call.kind == NormKind::kGemma) {
 #pragma unroll
@@ -140,9 +137,8 @@ __device__ inline void add_sums(float (&sums)[2], const Incoming<DY, Z, V, Items
   unpack(z, in.z[k]);
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    const float wdy = dy[i] * weight[i];
-    sums[0] += wdy;
-    sums[1] = fmaf(wdy, (z[i] - in.mean) * in.rstd, sums[1]);
+    sums[0] = fmaf(dy[i], weight[i], sums[0]);
+    sums[1] = fmaf(dy[i] * weight[i], (z[i] - in.mean) * in.rstd, sums[1]);
   }
 }
 
@@ -160,12 +156,15 @@ __device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
 #pragma unroll
   for (int i = 0; i < V; i++) {
     const float xhat = (other[i] - in.mean) * in.rstd;
-    dz[i] = (fmaf(-xhat, means[1], dz[i] * weight[i]) - means[0]) * in.rstd;
+    dz[i] = fmaf(-xhat, means[1], dz[i] * weight[i]) - means[0];
   }
   if (call.dz_in.ptr != nullptr) {
     load_floats(other, call.dz_in, row * call.dz_in.stride + col, count, whole);
 #pragma unroll
-    for (int i = 0; i < V; i++) dz[i] += other[i];
+    for (int i = 0; i < V; i++) dz[i] = fmaf(dz[i], in.rstd, other[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) dz[i] *= in.rstd;
   }
   const int64_t at = row * call.cols + col;
   if (call.dz.ptr != nullptr) store_floats(call.dz, at, dz, count, whole);
@@ -345,9 +344,6 @@ __global__ void __launch_bounds__(1024) norm_bwd_kernel(NormBackward call, Plan 
       if constexpr (kRowPlaces == 1) {
         if (left > 1) begin_copy(row + step, k, place);
       }
-      float weight[V];
-      recall(weight, weights, columns, k);
-      store_vector(in, k, means, weight, call, row, columns.at(0, k), keep, whole);
       if constexpr (kSumsShared) {
         recall(dweight[k], shared_dweight, own, k);
         recall(dbias[k], shared_dbias, own, k);
@@ -357,6 +353,9 @@ __global__ void __launch_bounds__(1024) norm_bwd_kernel(NormBackward call, Plan 
       } else {
         add_columns(dweight[k], dbias[k], in, k, call);
       }
+      float weight[V];
+      recall(weight, weights, columns, k);
+      store_vector(in, k, means, weight, call, row, columns.at(0, k), keep, whole);
     }
     if constexpr (kRowPlaces == 1) copy_async_commit();
     row += step;
@@ -433,7 +432,7 @@ __global__ void __launch_bounds__(kWideBlock, 1) norm_bwd_wide_kernel(NormBackwa
 // dweight and dbias of wide rows: a warp has V columns a lane, and every kColumnsWarps-th row of
 // the block's group of rows.
 template <typename DY, typename Z, int V>
-__global__ void __launch_bounds__(kColumnsWarps* kWarp)
+__global__ void __launch_bounds__(kColumnsWarps* kWarp, 1)
     norm_bwd_columns_kernel(NormBackward call, Plan plan) {
   const bool whole = is_whole<Z>(plan);
   const int64_t group = blockIdx.x % call.partials;

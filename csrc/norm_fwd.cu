@@ -118,25 +118,25 @@ __device__ inline void store_y(const Vector<Z, V> (&z)[kItems / V], float mean, 
     const auto col = columns.at(first, k);
     const int count = columns_at<V>(col, cols, whole);
     if (count == 0) continue;
-    float y[V], vector[V];
+    float y[V], weight[V], bias[V];
     unpack(y, z[k]);
+    fill(weight, 1.0f);
+    if (call.weight.ptr != nullptr) {
+      load_floats(weight, call.weight, col, count, whole);
+      const float one = call.kind == NormKind::kGemma ? 1.0f : 0.0f;
+#pragma unroll
+      for (int i = 0; i < V; i++) weight[i] += one;
+    }
+    fill(bias, 0.0f);
+    if (call.bias.ptr != nullptr) load_floats(bias, call.bias, col, count, whole);
 #pragma unroll
     for (int i = 0; i < V; i++) y[i] = (y[i] - mean) * rstd;
     if (call.kind == NormKind::kLlama) {
 #pragma unroll
       for (int i = 0; i < V; i++) y[i] = rounded(y[i], call.x.dtype);
     }
-    if (call.weight.ptr != nullptr) {
-      load_floats(vector, call.weight, col, count, whole);
-      const float one = call.kind == NormKind::kGemma ? 1.0f : 0.0f;
 #pragma unroll
-      for (int i = 0; i < V; i++) y[i] *= vector[i] + one;
-    }
-    if (call.bias.ptr != nullptr) {
-      load_floats(vector, call.bias, col, count, whole);
-#pragma unroll
-      for (int i = 0; i < V; i++) y[i] += vector[i];
-    }
+    for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
     store_floats(call.y, row * call.cols + col, y, count, whole);
   }
 }
@@ -232,8 +232,8 @@ __device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems /
   }
   const float delta = mean - sofar->mean;
   const float share = n / (sofar->count + n);
-  sofar->squares += squares + delta * delta * share * sofar->count;
-  sofar->mean += delta * share;
+  sofar->squares = fmaf(delta * delta, share * sofar->count, sofar->squares + squares);
+  sofar->mean = fmaf(delta, share, sofar->mean);
   sofar->count += n;
 }
 
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kWideBlock, 1) norm_fwd_wide_kernel(NormForwar
     mean[0] /= static_cast<float>(call.cols);
   }
   const float delta = moments.mean - mean[0];
-  float squares[1] = {moments.squares + delta * delta * moments.count};
+  float squares[1] = {fmaf(delta * delta, moments.count, moments.squares)};
   row_sum(squares, kWideBlock, slots + kSlots);
   const float rstd = rstd_of(squares[0], call);
   if (threadIdx.x == 0) store_statistics(call, row, mean[0], rstd);
