@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -119,6 +121,7 @@ struct Machine {
   Schedule schedule = Schedule::kLockstep;
   std::mt19937 random;
   std::string failure;
+  std::set<const void*> launched;
 
   std::vector<Thread> threads;  // grows, never shrinks: stacks are kept
   std::vector<Warp> warps;
@@ -328,7 +331,9 @@ const char* failure() { return machine.failure.c_str(); }
 
 void fail(const char* message) { throw Failure(message + place(machine.current)); }
 
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                const std::function<void()>& body) {
+  machine.launched.insert(kernel);
   const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
@@ -491,3 +496,17 @@ EXPORT void simt_configure(int copies_early, int schedule, unsigned seed) {
 }
 
 EXPORT const char* simt_failure() { return simt::failure(); }
+
+// Where in this library the kernels are that ran: up to `n` offsets; returns how many there are.
+EXPORT int simt_launched(uint64_t* offsets, int n) {
+  Dl_info library;
+  dladdr(reinterpret_cast<const void*>(&simt_launched), &library);
+  int count = 0;
+  for (const void* kernel : simt::machine.launched) {
+    if (count < n) {
+      offsets[count] = static_cast<const char*>(kernel) - static_cast<char*>(library.dli_fbase);
+    }
+    count++;
+  }
+  return count;
+}

@@ -39,12 +39,15 @@ void* shared_memory();
 // Ends the launch with this message and the place of the running thread.
 [[noreturn]] void fail(const char* message);
 
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// `kernel` is kept for `simt_launched`.
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                const std::function<void()>& thread);
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    const Args&... args) {
-  return run(grid, block, shared_bytes, [&] { kernel(args...); });
+  return run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+             [&] { kernel(args...); });
 }
 
 // What went wrong in the last launch that failed.

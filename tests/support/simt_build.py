@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,8 @@ def build(sources: tuple[Path, ...] | None = None, *, sanitized: bool = False) -
             objects = list(pool.map(lambda file: _compile(file, sanitized), files))
         torch = _package("torch") / "lib"
         link = ["-shared", *(SANITIZED if sanitized else OPTIMIZED), *map(str, objects)]
-        link += ["-Wl,--no-as-needed", f"-L{torch}", "-ltorch", "-ltorch_cpu"]
+        if any(file.suffix == ".cpp" for file in sources):  # bindings
+            link += ["-Wl,--no-as-needed", f"-L{torch}", "-ltorch", "-ltorch_cpu"]
         library = OUT / f"libfastlm_simt-{_hash(link)}.so"
         if not library.exists():
             partial = library.with_suffix(".part")
@@ -117,17 +119,18 @@ def build(sources: tuple[Path, ...] | None = None, *, sanitized: bool = False) -
 
 
 _current: ctypes.CDLL | None = None
+_path: Path | None = None
 
 
 def load(*, sanitized: bool = False) -> None:
     """From here on, `impl="cuda"` takes CPU tensors."""
-    global _current
+    global _current, _path
     if _current is None:
         from fastlm import cuda_library
 
-        path = build(sanitized=sanitized)
-        cuda_library.load(path, "cpu")
-        _current = ctypes.CDLL(str(path))
+        _path = build(sanitized=sanitized)
+        cuda_library.load(_path, "cpu")
+        _current = ctypes.CDLL(str(_path))
 
 
 def configure(copies: str = "late", schedule: str = "lockstep", seed: int = 0) -> None:
@@ -140,6 +143,20 @@ def configure(copies: str = "late", schedule: str = "lockstep", seed: int = 0) -
     """
     load()
     _current.simt_configure(COPIES.index(copies), SCHEDULES.index(schedule), seed)
+
+
+def launched() -> set[str]:
+    """The names of the kernels that ran in this process."""
+    if _current is None:
+        return set()
+    offsets = (ctypes.c_uint64 * 4096)()
+    count = _current.simt_launched(offsets, len(offsets))
+    listed = subprocess.run(["nm", "-C", str(_path)], capture_output=True, text=True, check=True)
+    places = dict(
+        line.split(maxsplit=2)[::2] for line in listed.stdout.split("\n") if line[:1] == "0"
+    )
+    names = {int(place, 16): name for place, name in places.items()}
+    return {re.search(r"(\w+_kernel)\b", names[offset])[1] for offset in offsets[:count]}
 
 
 def sanitized_environment() -> dict[str, str]:
