@@ -20,7 +20,8 @@ from fastlm.testing import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IMPLS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+IMPLS = ["torch", *KERNELS]
 SEED = 0x1234_5678_9ABC_DEF0
 
 
