@@ -34,9 +34,10 @@ Tensor new_rows(const Tensor& x, bool wanted, ScalarType dtype) {
 // torch.promote_types of float32, float16 and bfloat16.
 ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
-// Kernels read dy as what y was.
-Tensor as_type(const Tensor& dy, ScalarType dtype) {
-  return dy.scalar_type() == dtype ? dy : torch::stable::to(dy, dtype);
+// Kernels read dy as what y was, and autograd gives it so.
+FfnTensor incoming(const Tensor& dy, ScalarType dtype) {
+  if (dy.scalar_type() != dtype) throw std::runtime_error("fastlm_cuda: dy must have y's dtype");
+  return ffn_tensor(dy);
 }
 
 BiasAct bias_act_of(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& seed,
@@ -70,7 +71,6 @@ ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor 
   const LaunchScope scope(x);
   const ScalarType dtype = x.scalar_type();
   const int64_t cols = x.size(1);
-  dy = as_type(dy, dtype);
   Tensor dx = new_rows(x, need_dx, dtype), y = new_rows(x, need_y, dtype);
   Tensor dbias = new_empty(x, {need_dbias ? cols : 0}, need_dbias ? bias->scalar_type() : dtype);
 
@@ -78,7 +78,7 @@ ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor 
   backward.call = bias_act_of(x, bias, seed, activation, dropout_p);
   if (need_dbias) check(bias_act_bwd_groups(backward.call, &backward.groups), "bias_act_bwd");
   Tensor partials = new_empty(x, {backward.groups, cols}, ScalarType::Float);
-  backward.dy = ffn_tensor(dy);
+  backward.dy = incoming(dy, dtype);
   backward.dx = ffn_tensor(dx);
   backward.y = ffn_tensor(y);
   backward.dbias = data_or_null(dbias);
@@ -105,12 +105,11 @@ ThreeTensors glu_bwd_op(Tensor dy, Tensor gate, Tensor up, std::string activatio
                         bool need_dup, bool need_y) {
   const LaunchScope scope(gate);
   const ScalarType dtype = promoted(gate.scalar_type(), up.scalar_type());
-  dy = as_type(dy, dtype);
   Tensor dgate = new_rows(gate, need_dgate, gate.scalar_type());
   Tensor dup = new_rows(gate, need_dup, up.scalar_type());
   Tensor y = new_rows(gate, need_y, dtype);
   GluBackward call{};
-  call.dy = ffn_tensor(dy);
+  call.dy = incoming(dy, dtype);
   call.gate = ffn_tensor(gate);
   call.up = ffn_tensor(up);
   call.dgate = ffn_tensor(dgate);
@@ -127,8 +126,8 @@ ThreeTensors glu_bwd_op(Tensor dy, Tensor gate, Tensor up, std::string activatio
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
-  m.impl("bias_act_fwd", TORCH_BOX(&fastlm::bias_act_fwd_op));
-  m.impl("bias_act_bwd", TORCH_BOX(&fastlm::bias_act_bwd_op));
-  m.impl("glu_fwd", TORCH_BOX(&fastlm::glu_fwd_op));
-  m.impl("glu_bwd", TORCH_BOX(&fastlm::glu_bwd_op));
+  m.impl("bias_act_fwd", fastlm::boxed<fastlm::bias_act_fwd_op>);
+  m.impl("bias_act_bwd", fastlm::boxed<fastlm::bias_act_bwd_op>);
+  m.impl("glu_fwd", fastlm::boxed<fastlm::glu_fwd_op>);
+  m.impl("glu_bwd", fastlm::boxed<fastlm::glu_bwd_op>);
 }
