@@ -42,6 +42,11 @@ INSTALL_NVCC = (
     "/usr/local/cuda is named by CUDA_HOME"
 )
 
+INSTALL_TORCH = (
+    "pip install 'torch>=2.10', and where the build cannot see it name its folder: "
+    "FASTLM_TORCH_DIR=\"$(python -c 'import torch; print(torch.__path__[0])')\""
+)
+
 
 class BuildError(Exception):
     """What stands in the way of a build, with the command that removes it."""
@@ -100,8 +105,8 @@ def without(error: BuildError) -> str:
 def _find_nvcc(environment) -> Path:
     homes = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     named = [Path(home) for home in homes if home]
-    site = Path(sysconfig.get_path("purelib")) / "nvidia"
-    usual = [Path("/usr/local/cuda"), *sorted(site.glob("cu*"), reverse=True)]
+    wheels = [home for site in _sites(environment) for home in sorted(site.glob("nvidia/cu*"))]
+    usual = [Path("/usr/local/cuda"), *reversed(wheels)]
     on_path = shutil.which("nvcc", path=environment.get("PATH", ""))
     places = [home / "bin" / "nvcc" for home in named]
     places += [Path(on_path)] if on_path else []
@@ -152,30 +157,34 @@ def _toolkit_of(nvcc: Path) -> Path:
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
 
 
-def _find_torch(environment) -> tuple[Path, str, str | None]:
-    """The folder of torch, its version and that of its CUDA; the first of these places that has it.
+def _sites(environment) -> list[Path]:
+    """Folders of installed packages, nearest first.
 
-    Isolated builds of pip run the environment's own python, whose site-packages are a path away;
-    those of build and uv run another one's, with the environment's name left in a variable.
+    Isolated builds of pip run the environment's own python, whose packages are a path away though
+    hidden; those of other tools run another one's, and may leave the environment in a variable.
     """
-    places = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    sites = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
     spec = find_spec("torch")
-    places += [Path(spec.origin).parents[1]] if spec is not None and spec.origin else []
+    sites += [Path(spec.origin).parents[1]] if spec is not None and spec.origin else []
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         if environment.get(name):
-            places += sorted(Path(environment[name]).glob("lib/python3.*/site-packages"))
-    folders = [place / "torch" for place in places]
+            sites += sorted(Path(environment[name]).glob("lib/python3.*/site-packages"))
+    return sites
+
+
+def _find_torch(environment) -> tuple[Path, str, str | None]:
+    """The folder of torch, its version, and that of its CUDA."""
+    folders = [site / "torch" for site in _sites(environment)]
     if environment.get("FASTLM_TORCH_DIR"):
         folders = [Path(environment["FASTLM_TORCH_DIR"])]
     torch = next((folder for folder in folders if (folder / "version.py").exists()), None)
-    remedy = "pip install 'torch>=2.10'; FASTLM_TORCH_DIR names a torch folder elsewhere"
     if torch is None:
-        raise BuildError(f"torch was not found beside {sys.executable}: {remedy}")
+        raise BuildError(f"torch was not found beside {sys.executable}: {INSTALL_TORCH}")
     text = (torch / "version.py").read_text()
     version = re.search(r"__version__ = '([^']+)'", text)[1]
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers < OLDEST_TORCH:
-        raise BuildError(f"torch {version} at {torch} is too old: {remedy}")
+        raise BuildError(f"torch {version} at {torch} is too old: {INSTALL_TORCH}")
     cuda = re.search(r"^cuda[^=\n]*= '([^']+)'", text, re.MULTILINE)
     return torch, version, cuda[1] if cuda else None
 
@@ -206,7 +215,7 @@ def build(folder: Path, tools: Tools, out: Path = OUT, *, strict: bool = True) -
     jobs = [json.loads((out / f"{o}.job").read_text()) for o in objects]
     report = {
         "seconds": round(time.monotonic() - start, 1),
-        "compile_seconds": round(sum(job["seconds"] for job in jobs), 1),
+        "cpu_seconds": round(sum(job["cpu_seconds"] for job in jobs), 1),
         "jobs": _jobs(),
         "peak_job_mib": max(job["peak_mib"] for job in jobs),
         "library_mib": round((out / "libfastlm_cuda.so").stat().st_size / 2**20, 2),
@@ -370,9 +379,13 @@ def _run_job(output: str, command: list[str]) -> int:
     """Runs a compiler; keeps what it says in OUTPUT.log and what it took in OUTPUT.job."""
     start = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     Path(f"{output}.log").write_text(result.stdout + result.stderr)
-    took = {"seconds": round(time.monotonic() - start, 2), "peak_mib": round(peak)}
+    took = {
+        "seconds": round(time.monotonic() - start, 2),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "peak_mib": round(used.ru_maxrss / 1024),
+    }
     Path(f"{output}.job").write_text(json.dumps(took))
     if result.returncode != 0:
         print(result.stdout, result.stderr, sep="\n", file=sys.stderr)

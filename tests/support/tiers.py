@@ -25,6 +25,7 @@ _FILES = {
         "test_gpu_check",
     ),
 }
+CUDA_BUILD = Path(__file__).resolve().parents[2] / "build" / "cuda" / "report.json"
 _COUNTS = pytest.StashKey[Counter]()
 
 
@@ -101,5 +102,7 @@ def pytest_terminal_summary(terminalreporter, config):
     counts = config.stash[_COUNTS]
     line = ", ".join(f"{tier} {count}" for tier, count in sorted(counts.items()))
     terminalreporter.write_line(f"passed by tier: {line or 'none'}")
+    if CUDA_BUILD.exists():
+        terminalreporter.write_line(f"build of the CUDA C++ kernels: {CUDA_BUILD.read_text()}")
     for violation in _violations(config):
         terminalreporter.write_line(f"FAILED {violation}", red=True)
