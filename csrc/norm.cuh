@@ -60,12 +60,14 @@ struct alignas(16) Vector<Any, V> {
 // Accesses of a whole vector in one instruction.
 template <typename T, int V>
 __device__ inline Vector<T, V> load_whole(const T* from) {
-  return {*reinterpret_cast<const decltype(Vector<T, V>::words)*>(from)};
+  if constexpr (sizeof(Vector<T, V>) == 16) return {load_16(from)};
+  else return {*reinterpret_cast<const uint2*>(from)};
 }
 
 template <typename T, int V>
 __device__ inline void store_whole(T* to, const Vector<T, V>& x) {
-  *reinterpret_cast<decltype(Vector<T, V>::words)*>(to) = x.words;
+  if constexpr (sizeof(x) == 16) store_16(to, x.words);
+  else *reinterpret_cast<uint2*>(to) = x.words;
 }
 
 template <typename T, int V>
