@@ -71,8 +71,8 @@ def backends(device: torch.device) -> list[tuple[str, str, list[str]]]:
         args, kwargs = calls[name]()
         explanation = fastlm.explain(_EXPLAINED_AS.get(name, name), *args, **kwargs)
         notes = [
-            f"{impl}: {reason or 'available, slower or equal'}"
-            for impl, reason in explanation.reasons.items()
+            f"{impl}: {explanation.note(impl)}"
+            for impl in explanation.reasons
             if impl != explanation.chosen
         ]
         rows.append((name, str(explanation.chosen), notes))
