@@ -109,6 +109,6 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
-  m.impl("norm_fwd", TORCH_BOX(&fastlm::norm_fwd_op));
-  m.impl("norm_bwd", TORCH_BOX(&fastlm::norm_bwd_op));
+  m.impl("norm_fwd", fastlm::boxed<fastlm::norm_fwd_op>);
+  m.impl("norm_bwd", fastlm::boxed<fastlm::norm_bwd_op>);
 }
