@@ -19,7 +19,9 @@ namespace {
 // Chunks of a thread that are on their way at once, of each tensor.
 constexpr int kForwardRows = 4;
 constexpr int kBackwardRows = 2;
-constexpr int kBackwardBlocks = 3;  // on a multiprocessor at once
+// Blocks of a kernel on a multiprocessor at once; the ragged kernels need more registers.
+constexpr int kForwardBlocks = 4;
+constexpr int kBackwardBlocks = 3;
 
 __device__ inline uint64_t seed_of(const BiasAct& call) {
   return call.seed == nullptr ? 0 : static_cast<uint64_t>(*call.seed);
@@ -60,7 +62,7 @@ __device__ inline void load_bias(float (&bias)[V], const BiasAct& call, const Pl
 
 // One tile of y.
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kWhole ? kForwardBlocks : 3)
     bias_act_fwd_kernel(BiasActForward forward, Tiling tiling) {
   constexpr int V = Chunk<T>::kSize;
   const BiasAct& call = forward.call;
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // A column tile of every groups-th tile of rows: dx, y and this group's row of partial sums.
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kTileThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kTileThreads, kWhole ? kBackwardBlocks : 2)
     bias_act_bwd_kernel(BiasActBackward backward, Tiling tiling) {
   constexpr int V = Chunk<T>::kSize;
   const BiasAct& call = backward.call;

@@ -155,7 +155,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_parity(activation, bias, impl):
@@ -164,7 +164,7 @@ def test_feed_forward_parity(activation, bias, impl):
     check_modules(ours, theirs, {"x": randn(2, 5, 8)})
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_feed_forward_parity(activation, impl):
     class Torch(layers.GatedFeedForward):
