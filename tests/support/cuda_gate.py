@@ -99,6 +99,7 @@ def broken_rules(row: Row) -> Iterator[str]:
 WIDE: tuple[str, ...] = (
     r"bias_act_(fwd|bwd)_kernel<\w+, true>",
     r"glu_(fwd|bwd)_kernel<(float|__half|__nv_bfloat16), true>",
+    r"norm_(fwd|fwd_wide|bwd|bwd_wide)_kernel<(__half|__nv_bfloat16), \2, 8>",
 )
 
 
