@@ -1,4 +1,4 @@
-"""The README's table of what the Triton kernels take, asked of the operators themselves.
+"""The README's table of what the kernels take, asked of the operators themselves.
 
     python -P tests/support/support_matrix.py --update      # rewrite it in README.md
 
@@ -73,11 +73,15 @@ def calls() -> Iterator[tuple[str, str, tuple, dict]]:
 
 def render() -> str:
     """The table in Markdown."""
-    rows = ["| operator | feature | triton | torch |", "|---|---|---|---|"]
+    backends = ("triton", "cuda", "torch")
+    rows = [
+        f"| operator | feature | {' | '.join(backends)} |",
+        "|---|---|" + "---|" * len(backends),
+    ]
     with mock.patch.object(fastlm.backends, "_unavailable", lambda impl, device: None):
         for op, feature, args, options in calls():
             reasons = fastlm.explain(op, *args, **options).reasons
-            cells = ["yes" if reasons[impl] is None else "–" for impl in ("triton", "torch")]
+            cells = ["yes" if reasons[impl] is None else "–" for impl in backends]
             rows.append(f"| `{op}` | {feature} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
