@@ -19,9 +19,9 @@ from fastlm.reference.dropout import philox
 
 SOURCE = simt_build.SIMT / "conformance.cu"
 WRAPPERS = ["shuffles", "copies", "ldmatrix", "ldmatrix_trans", "mma_fp16", "mma_bf16", "exp2",
-            "conversions", "philox"]  # fmt: skip
+            "conversions", "philox", "reciprocal"]  # fmt: skip
 EXACT = {"copies", "ldmatrix", "ldmatrix_trans", "conversions", "philox"}
-ULPS = {"shuffles": 8, "exp2": 2}  # the sum of a warp, in one order; 2^x by the special unit
+ULPS = {"shuffles": 8, "exp2": 2, "reciprocal": 1}  # the sum of a warp, in one order; 2^x, 1/x
 NVCC_FLAGS = ["-std=c++17", "-Werror", "all-warnings", f"-I{simt_build.ROOT / 'csrc'}"]
 
 
@@ -36,8 +36,8 @@ def inputs(name: str, seed: int) -> np.ndarray:
         words[:, :6] = halves.numpy().view(np.uint32)
         words[:, 6:10] = random.standard_normal((32, 4)).astype(np.float32).view(np.uint32)
         return words.ravel()
-    if name in ("shuffles", "exp2", "conversions"):
-        scale = {"shuffles": 1, "exp2": 25, "conversions": 2000}[name]
+    if name in ("shuffles", "exp2", "conversions", "reciprocal"):
+        scale = {"shuffles": 1, "exp2": 25, "conversions": 2000, "reciprocal": 1e6}[name]
         x = (random.standard_normal(512) * scale).astype(np.float32)
         if name != "shuffles":
             x[:4] = [0.0, -np.inf, -200.0, 1e-30]
@@ -103,6 +103,10 @@ def definition(name: str, words: np.ndarray) -> np.ndarray:
         x = words[:256].view(np.float32).astype(np.float64)
         y = np.exp2(x).astype(np.float32)
         out = np.where(y < np.finfo(np.float32).tiny, np.float32(0), y).view(np.uint32)
+    elif name == "reciprocal":
+        with np.errstate(divide="ignore"):
+            out = (1 / words[:256].view(np.float32).astype(np.float64)).astype(np.float32)
+        out = out.view(np.uint32)
     elif name == "conversions":
         x = torch.from_numpy(words[:256].view(np.float32).reshape(32, 8)[:, :4].copy())
         both = torch.stack([x.half().float(), x.bfloat16().float()], -1)
@@ -131,6 +135,9 @@ def assert_conforms(name: str, actual: np.ndarray, expected: np.ndarray, words: 
         scale = np.abs(words[:32].view(np.float32)).sum()
         assert np.abs(x - y)[:, 7].max() <= ULPS[name] * 2.0**-24 * scale
         return
+    infinite = np.isinf(x) | np.isinf(y)
+    np.testing.assert_array_equal(x[infinite], y[infinite])
+    x, y = x[~infinite], y[~infinite]
     assert (np.abs(x - y) <= ULPS[name] * np.spacing(np.abs(y).astype(np.float32))).all()
 
 
