@@ -105,7 +105,7 @@ CASES = {
     ),
 }
 TORCH_ALONE = ("linear_cross_entropy", "rotary", "embedding")
-WITH_CUDA = ("bias_act", "glu", "ffn", "gated_ffn")
+WITH_CUDA = ("layer_norm", "rms_norm", "bias_act", "glu", "ffn", "gated_ffn")
 
 
 def backends_of(op):
