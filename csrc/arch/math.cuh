@@ -19,7 +19,7 @@ __device__ inline float exp2_approx(float x) {
 #endif
 }
 
-// 1 / x to 1 unit in the last place; denormal numbers are 0, given or resulting. 1 / 0 = inf.
+// 1 / x with a relative error below 2^-23; denormal numbers are 0, given or resulting. 1 / 0 = inf.
 __device__ inline float reciprocal_approx(float x) {
 #ifdef FASTLM_SIMT
   constexpr float kTiny = 1.17549435e-38f;
