@@ -19,14 +19,16 @@ from fastlm.reference.dropout import philox
 
 SOURCE = simt_build.SIMT / "conformance.cu"
 WRAPPERS = ["shuffles", "copies", "ldmatrix", "ldmatrix_trans", "mma_fp16", "mma_bf16", "exp2",
-            "conversions", "philox"]  # fmt: skip
-INEXACT = {"mma_fp16", "mma_bf16", "exp2"}
+            "conversions", "philox", "reciprocal"]  # fmt: skip
+INEXACT = {"mma_fp16", "mma_bf16", "exp2", "reciprocal"}
+ULPS = {"exp2": 2, "reciprocal": 2}
 # Finite in fp16, beyond it, or halfway between two of fp16 or bf16; subnormal in fp16.
 CONVERTED = [0.0, -0.0, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504.0, 65519.996,
              65520.0, -1e38, 3.4e38, np.inf, -np.inf, np.nan, 2**-24, 2**-25, 3 * 2**-25, -1e-8,
              1e-40]  # fmt: skip
 EXPONENTS = [0.0, -0.0, -np.inf, np.inf, np.nan, -200.0, 200.0, 1e-30, 1e-40, 127.5, 128.0, -126.0,
              -126.5, -149.0]  # fmt: skip
+DIVISORS = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1e-30, 8e37, 1e38, -3.4e38]
 NVCC_FLAGS = ["-std=c++17", "-Werror", "all-warnings", f"-I{simt_build.ROOT / 'csrc'}"]
 
 
@@ -45,9 +47,14 @@ def inputs(name: str, seed: int) -> np.ndarray:
         words[:, :6] = factors.numpy().view(np.uint32)
         words[:, 6:10] = draw((32, 4)).astype(np.float32).view(np.uint32)
         return words.ravel()
-    if name in ("shuffles", "exp2", "conversions"):
-        scale = {"shuffles": 1, "exp2": 25, "conversions": 2000}[name]
-        special = {"shuffles": [], "exp2": EXPONENTS, "conversions": CONVERTED}[name]
+    drawn = {
+        "shuffles": (1, []),
+        "exp2": (25, EXPONENTS),
+        "reciprocal": (25, DIVISORS),
+        "conversions": (2000, CONVERTED),
+    }
+    if name in drawn:
+        scale, special = drawn[name]
         x = (random.standard_normal(512) * scale).astype(np.float32)
         # Only every other group of four is converted.
         places = [i for i in range(256) if name != "conversions" or i % 8 < 4]
@@ -125,6 +132,12 @@ def definition(name: str, words: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             y = np.exp2(x).astype(np.float32)
         out = np.where(y < np.finfo(np.float32).tiny, np.float32(0), y).view(np.uint32)
+    elif name == "reciprocal":
+        x, tiny = words[:256].view(np.float32), np.finfo(np.float32).tiny
+        x = np.where(np.abs(x) < tiny, np.copysign(0.0, x), x.astype(np.float64))
+        with np.errstate(divide="ignore"):
+            y = (1 / x).astype(np.float32)
+        out = np.where(np.abs(y) < tiny, np.copysign(np.float32(0), y), y).view(np.uint32)
     elif name == "conversions":
         x = torch.from_numpy(words[:256].view(np.float32).reshape(32, 8)[:, :4].copy())
         both = torch.stack([x.half().float(), x.bfloat16().float()], -1)
@@ -152,8 +165,8 @@ def assert_conforms(name: str, actual: np.ndarray, expected: np.ndarray, words: 
         bound = np.zeros((32, 8))
         bound[:, :4] = 0 if exact else 20 * 2.0**-23 * sizes
         assert (error <= bound[finite]).all()
-    elif name == "exp2":
-        assert (error <= 2 * np.spacing(np.abs(y).astype(np.float32))).all()
+    elif name in ULPS:
+        assert (error <= ULPS[name] * np.spacing(np.abs(y).astype(np.float32))).all()
     elif name == "conversions":
         np.testing.assert_array_equal(actual[~np.isnan(x)], expected[~np.isnan(x)])
     else:

@@ -196,11 +196,12 @@ EXACT = {
 
 @pytest.mark.parametrize("activation", EXACT)
 def test_relative_error_in_fp32(activation, impl, device):
-    """That of an exponential whose argument is rounded and which is no denormal."""
+    """That of an exponential whose argument is rounded and which is no denormal. The exponential
+    is of 2 units in the last place on a GPU, the reciprocal of 1 or 2."""
     x = torch.linspace(-12, 12, 4097, device=device).view(1, -1)
     y = fastlm.bias_act(x, activation=activation, impl=impl)
     fn, exponent = EXACT[activation]
     gold = fn(x.double())
-    bound = 5e-7 * (1 + exponent(x.double()).abs()) * gold.abs()
+    bound = 8e-7 * (1 + exponent(x.double()).abs()) * gold.abs()
     error = (y.double() - gold).abs()
     assert (error <= bound + torch.finfo(torch.float32).tiny * x.abs()).all()

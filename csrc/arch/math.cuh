@@ -19,10 +19,12 @@ __device__ inline float exp2_approx(float x) {
 #endif
 }
 
-// 1 / x to 1 unit in the last place; denormal results are 0. 1 / 0 = inf, 1 / inf = 0.
+// 1 / x with a relative error below 2^-23; denormal numbers are 0, given or resulting. 1 / 0 = inf.
 __device__ inline float reciprocal_approx(float x) {
 #ifdef FASTLM_SIMT
-  return 1.0f / x;
+  constexpr float kTiny = 1.17549435e-38f;
+  const float y = fabsf(x) < kTiny ? copysignf(HUGE_VALF, x) : 1.0f / x;
+  return fabsf(y) < kTiny ? copysignf(0.0f, x) : y;
 #else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
