@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one command: `make gpu-check`.
 
 In this order, and on to the next step where one fails:
-  1. conformance: the operators' small cases, each kernel against the oracle, on the device;
-  2. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
-  3. memcheck: the smallest case of each kernel under compute-sanitizer, if it is installed;
-  4. benchmarks: every operator against torch and the peers that are installed, each provider
+  1. build: the CUDA C++ library for this checkout, where it is not built yet;
+  2. wrappers: what csrc/arch wraps, on the device against its host body;
+  3. conformance: the operators' small cases, each kernel against the oracle, on the device;
+  4. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
+  5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer, if installed;
+  6. benchmarks: every operator against torch and the peers that are installed, each provider
      checked before it is timed.
 Writes results.json (device, driver, versions, commit, steps), one log a step, and the benchmarks'
 tables as CSV.
@@ -28,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
+SANITIZERS = ("memcheck", "racecheck")
 FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 
 
@@ -66,7 +69,7 @@ def missing() -> list[str]:
 
 
 def steps(out: Path, quick: bool) -> list[Step]:
-    """The steps; `smallest` is this script's own mode for compute-sanitizer."""
+    """The steps; `--smallest` is this script's own mode for compute-sanitizer."""
     python = [sys.executable, "-P"]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     families = sorted(
@@ -82,11 +85,17 @@ def steps(out: Path, quick: bool) -> list[Step]:
                                  "--csv", str(out / f"bench-{op}.csv")])
             for op in BENCHMARKS
         ]  # fmt: skip
+    wrappers = str(ROOT / "tests" / "test_cuda_conformance.py")
     return [
+        Step("build", BUILD),
+        Step("wrappers", [*pytest, wrappers]),
         Step("conformance", [*pytest, "-m", "not gpu", *families]),
-        Step("gpu", [*pytest, "-m", "gpu"]),
-        Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1",
-                          *python, __file__, "--smallest"]),
+        Step("gpu", [*pytest, "-m", "gpu", "--deselect", wrappers]),
+        *(
+            Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1",
+                        *python, __file__, "--smallest"])
+            for tool in SANITIZERS
+        ),
         *benchmarks,
     ]  # fmt: skip
 
@@ -99,7 +108,7 @@ def run(step: Step, log: Path) -> None:
     start = time.monotonic()
     # The sanitizer sees every allocation only where torch does not pool them.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if step.name == "memcheck":
+    if step.name in SANITIZERS:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as file:
         process = subprocess.Popen(

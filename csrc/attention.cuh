@@ -8,6 +8,8 @@
 #include "attention.h"
 #include "common.cuh"
 
+#include <cstring>
+
 namespace fastlm {
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -172,12 +174,16 @@ __device__ inline uint32_t pack(float low, float high);
 template <>
 __device__ inline uint32_t pack<__half>(float low, float high) {
   const __half2 x = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
 }
 template <>
 __device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
 }
 
 // mma's `a` fragment from two neighbouring 16x8 results of an mma: the first product's rows stay

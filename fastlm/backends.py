@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 import torch
 
+from fastlm import cuda_library
+
 Impl = Literal["cuda", "triton", "torch"]
 Reason = Callable[..., "str | None"]  # (*call) -> why this backend cannot take the call
 
@@ -98,8 +100,7 @@ def choose(
         raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
     if impl not in backends:
         raise NotImplementedError(f"{op}: {_absent(op, impl)}; use impl='torch'")
-    interpreting = impl == "triton" and HAS_TRITON and INTERPRETED and device.type == "cpu"
-    missing = None if interpreting else _unavailable(impl, device)
+    missing = None if _emulated(impl, device) else _unavailable(impl, device)
     if missing is not None:
         raise RuntimeError(f"{op}: impl must be available, got {impl!r}: {missing}")
     lacking = backends[impl](*call)
@@ -128,15 +129,30 @@ def _absent(op: str, impl: Impl) -> str:
     return f"fastlm has no {impl} kernel for {op}"
 
 
+def _emulated(impl: Impl, device: torch.device) -> bool:
+    """Whether tests run the kernels of `impl` on the CPU: only where a call names it."""
+    if device.type != "cpu":
+        return False
+    return (impl == "triton" and HAS_TRITON and INTERPRETED) or (
+        impl == "cuda" and cuda_library.runs_on("cpu")
+    )
+
+
 def _unavailable(impl: Impl, device: torch.device) -> str | None:
     """Why this machine or this device cannot run `impl`, whatever the call."""
     if impl == "torch":
         return None
     if device.type != "cuda":
         return f"its kernels run on a GPU, the inputs are on {device.type}"
-    if not HAS_TRITON:
+    if impl == "triton" and not HAS_TRITON:
         return "triton is not installed (pip install triton)"
+    if impl == "cuda" and (reason := _no_cuda_library()) is not None:
+        return reason
     return _too_old(device.index or 0)
+
+
+def _no_cuda_library() -> str | None:
+    return cuda_library.unavailable()
 
 
 def _too_old(index: int) -> str | None:
@@ -146,4 +162,5 @@ def _too_old(index: int) -> str | None:
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_too_old._dynamo_marked_constant = True
+for _constant in (_too_old, _no_cuda_library):
+    _constant._dynamo_marked_constant = True

@@ -1,6 +1,10 @@
-"""Without a GPU, Triton kernels run in the hardened interpreter, on CPU tensors, in every test."""
+"""Without a GPU, kernels run on CPU tensors, in every test: Triton's in the hardened interpreter,
+those in CUDA C++ in the host build of tests/simt."""
 
+import json
 import os
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +12,10 @@ from tiers import (  # noqa: F401
     pytest_addoption,
     pytest_configure,
     pytest_runtest_setup,
-    pytest_sessionfinish,
     pytest_sessionstart,
     pytest_terminal_summary,
 )
+from tiers import pytest_sessionfinish as finish_tiers
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -35,6 +39,29 @@ def pytest_collection_modifyitems(config, items):
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _simulated(request):
+    """Loads the host build for a test of impl="cuda", in one of its modes: by the test's name, so
+    that the tests spread over all."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not HAS_GPU and params.get("impl") == "cuda":
+        import simt_build
+
+        simt_build.load(sanitized=os.environ.get("FASTLM_SIMT_SANITIZED") == "1")
+        modes = simt_build.MODES
+        name = zlib.crc32(request.node.nodeid.encode())
+        simt_build.configure(*modes[name % len(modes)], seed=name)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """For the run under the sanitizers: which kernels it met."""
+    finish_tiers(session, exitstatus)
+    if report := os.environ.get("FASTLM_SIMT_REPORT"):
+        import simt_build
+
+        Path(report).write_text(json.dumps(sorted(simt_build.launched())))
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ RULES = {
     "fastlm.ops": {"top": (*CORE, "fastlm.reference"), "lazy": ("fastlm.kernels",)},
     "fastlm.layers": {"top": (*CORE, "fastlm.ops"), "lazy": ()},
     "fastlm.models": {"top": (*CORE, "fastlm.ops", "fastlm.layers"), "lazy": ("safetensors",)},
-    "fastlm.backends": {"top": ("torch",), "lazy": ("fastlm",)},
+    "fastlm.backends": {"top": ("torch", "fastlm.cuda_library"), "lazy": ("fastlm",)},
+    "fastlm.cuda_library": {"top": ("torch",), "lazy": ()},
     "fastlm.testing": {"top": ("torch",), "lazy": ()},
     "fastlm.shapes": {"top": (), "lazy": ()},
 }

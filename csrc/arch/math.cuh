@@ -1,6 +1,8 @@
 // Instructions of the special function unit.
 #pragma once
 
+#include <cmath>
+
 #include "platform.cuh"
 
 namespace fastlm {
@@ -8,7 +10,8 @@ namespace fastlm {
 // 2^x to 2 units in the last place; denormal results are 0. exp2(-inf) = 0.
 __device__ inline float exp2_approx(float x) {
 #ifdef FASTLM_SIMT
-  return simt::exp2_approx(x);
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -46,7 +46,7 @@ template <typename T>
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
 #ifdef FASTLM_SIMT
-  simt::mma_m16n8k16<T>(d, a, b0, b1);
+  simt::mma_m16n8k16(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
 #else
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(

@@ -34,7 +34,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
                    cudaStream_t stream, const Args&... args) {
 #ifdef FASTLM_SIMT
   (void)stream;
-  return simt::launch(kernel, grid, dim3(threads), shared_bytes, args...);
+  return simt::launch(kernel, grid, dim3(static_cast<unsigned>(threads)),
+                      shared_bytes, args...);
 #else
   // More than 48 KiB of shared memory is granted only to kernels that ask for it.
   if (shared_bytes > 48 * 1024) {

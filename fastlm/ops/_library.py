@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+_CUDA_LIBRARY = torch.library.Library("fastlm_cuda", "FRAGMENT")
 
 
 def contract(
@@ -32,6 +33,18 @@ def contract(
         return getattr(torch.ops.fastlm, name).default
 
     return register
+
+
+def cuda_contract(contract: torch._ops.OpOverload, fake: Callable) -> torch._ops.OpOverload:
+    """`fastlm_cuda::<name>`, with the schema and the metadata of `fastlm::<name>`.
+
+    The implementation is in the CUDA C++ library, which `fastlm.cuda_library` loads.
+    """
+    schema = str(contract._schema)
+    name = contract._schema.name.split("::")[1]
+    _CUDA_LIBRARY.define(name + schema[schema.index("(") :])
+    torch.library.register_fake(f"fastlm_cuda::{name}", fake, lib=_CUDA_LIBRARY)
+    return getattr(torch.ops.fastlm_cuda, name).default
 
 
 def _on_device_of_first(launch: Callable) -> Callable:

@@ -15,7 +15,7 @@ import pytest
 
 _OPS = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 _FILES = {
-    "compile": ("test_compile",),
+    "compile": ("test_compile", "test_cuda_build"),
     "repository": (
         "test_repository",
         "test_wheel",
@@ -31,13 +31,16 @@ _COUNTS = pytest.StashKey[Counter]()
 def tier_of(path: Path, params: dict) -> str:
     """The tier of a test in the file `path` with the parameters `params`.
 
-    compile, repository: by file. interpreter: a kernel is run, that is `impl` is "triton" or the
+    compile, repository: by file. simt: a kernel in CUDA C++ is run, that is `impl` is "cuda", or the
+    file is about its host build. interpreter: a kernel is run, that is `impl` is "triton" or the
     file is about kernels. reference: the other tests of operators. integration: the rest.
     """
     stem = path.stem
     for tier, files in _FILES.items():
         if stem in files:
             return tier
+    if params.get("impl") == "cuda" or stem.startswith("test_simt"):
+        return "simt"
     if params.get("impl") == "triton" or "kernel" in stem:
         return "interpreter"
     return "reference" if stem.removeprefix("test_").startswith(_OPS) else "integration"

@@ -1,0 +1,113 @@
+// What all bindings need of torch's stable ABI: pointers and dtypes of tensors, results, the device
+// and stream to launch on, and errors. Users' mistakes are caught in Python; here are none left.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../dtype.h"
+
+// The host build of tests/simt registers the same operators for tensors on the CPU.
+#ifdef FASTLM_SIMT
+#define FASTLM_DISPATCH_KEY CPU
+namespace simt {
+const char* failure();
+}
+#else
+#define FASTLM_DISPATCH_KEY CUDA
+// In libtorch_cuda alone, so weak: the library also loads where torch is built for the CPU.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** stream);
+#endif
+
+namespace fastlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    default: throw std::runtime_error("fastlm_cuda: takes float32, float16 and bfloat16");
+  }
+}
+
+inline void* data_of(const Tensor& x) { return x.data_ptr(); }
+inline void* data_of(const MaybeTensor& x) { return x.has_value() ? x->data_ptr() : nullptr; }
+
+// A new tensor on the device of `like`; without a dtype, an empty one, for what is not wanted.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                        std::optional<ScalarType> dtype) {
+  const std::vector<int64_t> nothing{0}, wanted(shape);
+  return torch::stable::new_empty(like, dtype.has_value() ? wanted : nothing,
+                                  dtype.value_or(ScalarType::Float));
+}
+
+// nullptr for what `new_empty` made of no dtype, and for other tensors without elements.
+inline void* data_or_null(const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; }
+
+// Makes a tensor's device the current one while it lives; knows torch's stream there.
+class LaunchScope {
+ public:
+#ifdef FASTLM_SIMT
+  explicit LaunchScope(const Tensor&) {}
+#else
+  explicit LaunchScope(const Tensor& x) : guard_(x.get_device_index()) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream == nullptr ||
+        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) != 0) {
+      throw std::runtime_error("fastlm_cuda: torch gives no CUDA stream");
+    }
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+#endif
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+#ifndef FASTLM_SIMT
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+// Raises what a launcher returned, in Python a RuntimeError.
+inline void check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+#ifdef FASTLM_SIMT
+  throw std::runtime_error(std::string(op) + ": " + simt::failure());
+#else
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+#endif
+}
+
+// The dropout of a call as kernels take it; fastlm/reference/dropout.py has the definition.
+struct DropoutArguments {
+  const int64_t* seed = nullptr;
+  uint32_t threshold = 0;
+  float scale = 1.0f;
+
+  DropoutArguments(const MaybeTensor& seed_tensor, double p) {
+    if (!seed_tensor.has_value() || p <= 0.0) return;
+    seed = static_cast<const int64_t*>(seed_tensor->data_ptr());
+    // To nearest, ties to even, as Python's round.
+    const double words = std::nearbyint(p * 4294967296.0);
+    threshold = words >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(words);
+    scale = p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
+  }
+};
+
+}  // namespace fastlm

@@ -1,0 +1,120 @@
+// Runs CUDA C++ kernels on a CPU: one fiber for each CUDA thread, one block at a time.
+//
+// csrc/arch includes this in the place of nvcc's device code (FASTLM_SIMT). What a kernel may not
+// rely on is made as bad as the hardware may make it: shared memory begins as NaN, asynchronous
+// copies land as early or as late as the ISA allows, warps run in one of four orders. What is wrong
+// whatever happens (a barrier that not all threads reach, lanes at different shuffles, misaligned
+// 16-byte accesses, copies that nobody waits for) fails the launch, with a message.
+//
+// Not modelled: time, banks, registers, blocks that run at once, a weak memory order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define threadIdx (::simt::thread_index())
+#define blockIdx (::simt::block_index())
+#define blockDim (::simt::block_size())
+#define gridDim (::simt::grid_size())
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace simt {
+
+// --- for kernels and launchers
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+int lane();
+void* shared_memory();
+
+// Ends the launch with this message and the place of the running thread.
+[[noreturn]] void fail(const char* message);
+
+// `kernel` is kept for `simt_launched`.
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                const std::function<void()>& thread);
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                   const Args&... args) {
+  return run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+             [&] { kernel(args...); });
+}
+
+// What went wrong in the last launch that failed.
+const char* failure();
+
+// --- barriers, and what the lanes of a warp do together
+
+void sync_block();
+
+// A lane's part in a collective: what it brings and what it gets, in 32-bit words.
+struct Exchange {
+  alignas(8) uint32_t in[8], out[8];
+};
+using Lanes = Exchange* const (&)[32];
+
+// Waits for the 32 lanes of the warp; the last to come runs `all`, which fills each lane's `out`.
+// Lanes that meet must come from the same `site`.
+Exchange& exchange();
+void meet(const void* site, void (*all)(Lanes));
+
+template <typename T>
+[[gnu::noinline]] T shuffle(T x, int from) {
+  static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>, "one word");
+  Exchange& mine = exchange();
+  std::memcpy(&mine.in[0], &x, 4);
+  mine.in[1] = static_cast<uint32_t>(from) % 32;
+  meet(__builtin_return_address(0), [](Lanes lanes) {
+    for (Exchange* each : lanes) each->out[0] = lanes[each->in[1]]->in[0];
+  });
+  std::memcpy(&x, &mine.out[0], 4);
+  return x;
+}
+
+void sync_warp();
+
+// --- copies
+
+void copy_async(void* shared, const void* global, bool valid);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+void require_aligned(const void* p, const char* message);
+
+inline uint4 load_16(const void* global) {
+  require_aligned(global, "16-byte load from an address that is not aligned to 16 bytes");
+  uint4 x;
+  std::memcpy(&x, global, 16);
+  return x;
+}
+
+inline void store_16(void* global, uint4 x) {
+  require_aligned(global, "16-byte store to an address that is not aligned to 16 bytes");
+  std::memcpy(global, &x, 16);
+}
+
+// --- tensor cores; the layouts are those of csrc/arch/mma.cuh
+
+void load_matrix(uint32_t (&r)[4], const void* row, bool transposed);
+
+// Of fp16 or bf16.
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
+
+}  // namespace simt
+
+// --- CUDA's functions that a host compiler lacks
+
+using std::max;
+using std::min;
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -1,0 +1,166 @@
+"""Builds the CUDA C++ library with nvcc, and reads what the compiler made of each kernel.
+
+    python -P tests/support/cuda_gate.py [--update]      # print the table, or write the golden one
+
+The build is csrc/build.py's own, of all targets, into build/cuda; a second one compiles what has
+changed. Needs no GPU. Registers, spills and static shared memory are ptxas's; the widths of global
+accesses come from the SASS, by the cuobjdump of triton's wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import functools
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "cuda_kernels.csv"
+OUT = ROOT / "build" / "cuda"
+PACKAGE = OUT / "package"
+LIBRARY = PACKAGE / "libfastlm_cuda.so"
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One kernel of one target.
+
+    `spills` and `shared` (static) are bytes. Half of the bytes that its load instructions read from
+    global memory come in pieces of at least `load_bits`, of its stores `store_bits`; 0 for none.
+    `mma` is the number of tensor-core instructions in its code.
+    """
+
+    target: str
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+    load_bits: int
+    store_bits: int
+    mma: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.target, self.kernel
+
+
+@functools.cache
+def builder():
+    """csrc/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("fastlm_build", ROOT / "csrc" / "build.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def build() -> Path:
+    """The package folder with the library and `_C`; safe for processes that ask for it at once."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder().build(PACKAGE, builder().find_tools())
+    return PACKAGE
+
+
+def rows() -> list[Row]:
+    """What the compiler made of every kernel that the library holds."""
+    build()
+    accesses = _accesses()
+    return sorted(
+        Row(f["target"], f["kernel"], f["registers"], f["spills"], f["shared"],
+            *accesses[f["target"], f["kernel"]])
+        for f in builder().kernel_facts()
+    )  # fmt: skip
+
+
+def broken_rules(row: Row) -> Iterator[str]:
+    """What a kernel must keep whatever the golden table says."""
+    headdim = re.search(r"attention_\w+_kernel<\w+, (\d+)", row.kernel)
+    if row.spills and (headdim is None or int(headdim[1]) <= 128):
+        yield f"spills {row.spills} bytes"
+    if headdim and row.mma == 0 and "delta" not in row.kernel:
+        yield "multiplies without tensor cores"
+    for pattern in WIDE:
+        if re.match(pattern, row.kernel):
+            for name, bits in (("loads", row.load_bits), ("stores", row.store_bits)):
+                if 0 < bits < 128:
+                    yield f"{name} {bits} bits at a time, 128 are possible"
+
+
+# Kernels that promise 16-byte accesses; the others are for what is not aligned, or for few bytes.
+WIDE: tuple[str, ...] = ()
+
+
+def _accesses() -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(load_bits, store_bits, mma) of each (target, kernel), from the SASS."""
+    wheel = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    command = [str(wheel / "cuobjdump"), "-sass", str(LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Each cubin begins with its architecture, each function with its name.
+    found, names = [], []
+    for cubin in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        target = cubin.split(maxsplit=1)[0]
+        for function in re.split(r"^\s*Function : ", cubin, flags=re.MULTILINE)[1:]:
+            name, body = function.split("\n", 1)
+            names.append(name.strip())
+            loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S*", body)
+            stores = re.findall(r"\bSTG\.\S*", body)
+            mma = len(re.findall(r"\b(?:HMMA|HGMMA)\.", body))
+            found.append((target, (_median_bits(loads), _median_bits(stores), mma)))
+    demangled = builder().demangled(names)
+    return {(t, name): values for (t, values), name in zip(found, demangled, strict=True)}
+
+
+def _median_bits(instructions: list[str]) -> int:
+    widths = {"8": 8, "16": 16, "64": 64, "128": 128}
+    sizes = []
+    for text in instructions:
+        size = re.search(r"\.[US]?(8|16|64|128)\b", text)
+        sizes.append(widths[size[1]] if size else 32)
+    left = sum(sizes) / 2
+    for size in sorted(sizes, reverse=True):
+        left -= size
+        if left <= 0:
+            return size
+    return 0
+
+
+def read_golden() -> dict[tuple[str, str], Row]:
+    with GOLDEN.open(newline="") as file:
+        kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
+        table = [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+    return {row.key: row for row in table}
+
+
+def write_golden(table: list[Row]) -> None:
+    with GOLDEN.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(f.name for f in fields(Row))
+        writer.writerows(astuple(row) for row in table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--update", action="store_true", help="rewrite the golden table")
+    options = parser.parse_args()
+    table = rows()
+    broken = False
+    for row in table:
+        problems = "; ".join(broken_rules(row))
+        broken = broken or bool(problems)
+        print(*astuple(row), f"<- {problems}" if problems else "", sep="  ")
+    if options.update:
+        write_golden(table)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

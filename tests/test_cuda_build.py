@@ -1,0 +1,244 @@
+"""The build of the CUDA C++ library, with nvcc and without a GPU: what it asks for, what it makes.
+
+The golden table depends on nvcc's version, and is compared where that is the same. After a change
+of a kernel: `python -P tests/support/cuda_gate.py --update`, and review the diff.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_gate
+import pytest
+import torch
+from cuda_gate import Row, broken_rules
+
+ROOT = Path(__file__).resolve().parent.parent
+UPDATE = "python -P tests/support/cuda_gate.py --update"
+SYMBOLS = ROOT / "tests" / "golden" / "torch_2_10_symbols.txt"
+builder = cuda_gate.builder()
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """Makes a folder with an nvcc that says it has this version, for CUDA_HOME."""
+
+    def make(version: str) -> Path:
+        nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}'\n"
+        )
+        nvcc.chmod(0o755)
+        return tmp_path / "cuda"
+
+    return make
+
+
+@pytest.fixture
+def torch_folder(tmp_path):
+    """Makes a folder that looks like an installed torch of this version, for FASTLM_TORCH_DIR."""
+
+    def make(version: str, cuda: str | None) -> Path:
+        folder = tmp_path / "torch"
+        folder.mkdir()
+        text = f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n"
+        (folder / "version.py").write_text(text)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch, tmp_path):
+    """The environment of a machine without nvcc."""
+    monkeypatch.setattr(builder, "_find_nvcc", _without_usual_places(builder._find_nvcc))
+    return {"PATH": str(tmp_path)}
+
+
+def _without_usual_places(find):
+    def found(environment):
+        exists = Path.exists
+        hidden = lambda path: path.name != "nvcc" and exists(path)
+        Path.exists = hidden
+        try:
+            return find(environment)
+        finally:
+            Path.exists = exists
+
+    return found
+
+
+def test_unset_without_nvcc_is_pure_python_and_says_so(no_nvcc, capsys):
+    assert builder.wanted(no_nvcc) is None
+    said = capsys.readouterr().out
+    assert said.startswith("fastlm: without the CUDA C++ kernels (nvcc was not found: install")
+    assert said.endswith("FASTLM_BUILD_CUDA=1 asks for them.\n")
+
+
+def test_1_without_nvcc_fails_with_the_command_that_helps(no_nvcc):
+    with pytest.raises(builder.BuildError) as error:
+        builder.wanted({**no_nvcc, "FASTLM_BUILD_CUDA": "1"})
+    assert str(error.value) == (
+        f"FASTLM_BUILD_CUDA=1, but nvcc was not found: {builder.INSTALL_NVCC}"
+    )
+    assert "pip install nvidia-cuda-nvcc" in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["11.8", "12.3", "14.0"])
+def test_unsupported_nvcc(toolkit, version):
+    home = toolkit(version)
+    with pytest.raises(builder.BuildError) as error:
+        builder.wanted({"CUDA_HOME": str(home), "FASTLM_BUILD_CUDA": "1", "PATH": ""})
+    assert f"nvcc {version} at {home}/bin/nvcc is not supported: install the" in str(error.value)
+
+
+def test_0_is_never(toolkit, torch_folder):
+    home, folder = toolkit("13.0"), torch_folder("2.13.0", "13.0")
+    environment = {"CUDA_HOME": str(home), "FASTLM_TORCH_DIR": str(folder)}
+    assert builder.wanted(environment) is not None
+    assert builder.wanted({**environment, "FASTLM_BUILD_CUDA": "0"}) is None
+
+
+def test_other_values_are_refused():
+    with pytest.raises(
+        builder.BuildError, match="FASTLM_BUILD_CUDA must be 0, 1 or unset, got 'y'"
+    ):
+        builder.wanted({"FASTLM_BUILD_CUDA": "y"})
+
+
+def test_a_torch_for_the_cpu_is_enough_where_the_build_is_asked_for(toolkit, torch_folder, capsys):
+    home, folder = toolkit("12.8"), torch_folder("2.13.0+cpu", None)
+    environment = {"CUDA_HOME": str(home), "FASTLM_TORCH_DIR": str(folder)}
+    assert builder.wanted(environment) is None
+    assert "the torch that is installed is built without CUDA" in capsys.readouterr().out
+    tools = builder.wanted({**environment, "FASTLM_BUILD_CUDA": "1"})
+    assert (tools.cuda, tools.torch_version, tools.torch_cuda) == ((12, 8), "2.13.0+cpu", None)
+
+
+def test_an_old_torch_is_refused(toolkit, torch_folder):
+    home, folder = toolkit("13.0"), torch_folder("2.9.1", "13.0")
+    with pytest.raises(builder.BuildError, match=r"torch 2\.9\.1 at .* is too old: pip install"):
+        builder.find_tools({"CUDA_HOME": str(home), "FASTLM_TORCH_DIR": str(folder)})
+
+
+def test_build_is_fast_and_small():
+    cuda_gate.build()
+    report = json.loads((cuda_gate.OUT / "report.json").read_text())
+    assert report["peak_job_mib"] < 1536 and report["library_mib"] < 20
+    assert report["targets"] == ["sm_80", "sm_90a"]
+
+
+def _undefined_symbols() -> dict[str, str]:
+    """Name -> version or "" of what the library wants from others."""
+    cuda_gate.build()
+    command = ["nm", "-D", "--undefined-only", str(cuda_gate.LIBRARY)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = [line.split()[-1] for line in lines if line.strip()]
+    return dict(name.partition("@")[::2] for name in names)
+
+
+def test_library_wants_only_symbols_of_the_stable_abi():
+    """So that one file serves every torch from 2.10 on, and every Python."""
+    stable = set(SYMBOLS.read_text().split())
+    system = re.compile(r"GLIBC|GLIBCXX|CXXABI|GCC")
+    weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+    wanted = {
+        name
+        for name, version in _undefined_symbols().items()
+        if not system.match(version) and name not in weak
+    }
+    assert wanted and wanted <= stable, sorted(wanted - stable)
+    assert not any(re.match("_?Py|cuda|cu[A-Z]", name) for name in wanted)
+
+
+def test_library_loads_and_registers_its_operators():
+    cuda_gate.build()
+    script = f"""
+import torch, fastlm
+from fastlm import cuda_library
+cuda_library.load({str(cuda_gate.LIBRARY)!r})
+for name in {sorted(_operators())!r}:
+    assert "CUDA: registered" in torch._C._dispatch_dump("fastlm_cuda::" + name), name
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+def _operators() -> set[str]:
+    sources = (ROOT / "csrc" / "bindings").glob("*.cpp")
+    return {n for f in sources for n in re.findall(r'm\.impl\("(\w+)"', f.read_text())}
+
+
+def test_every_declared_operator_is_implemented():
+    import fastlm  # noqa: F401  (declares them)
+
+    declared = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("fastlm_cuda::")
+    }
+    assert declared and declared == _operators()
+
+
+@pytest.fixture(scope="module")
+def facts():
+    """`fastlm._C` of the build."""
+    import importlib.util
+
+    (path,) = cuda_gate.build().glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("fastlm._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_facts(facts):
+    info = facts.build_info()
+    assert info["targets"] == ["sm_80", "sm_90a"] and info["torch"] == torch.__version__
+    kernels = facts.kernels()
+    assert {k["target"] for k in kernels} == {"sm_80", "sm_90a"}
+    assert all(k["registers"] > 0 and k["spills"] >= 0 for k in kernels)
+
+
+def test_occupancy(facts):
+    kernel = min(facts.kernels(), key=lambda k: k["registers"])
+    name, target = kernel["kernel"], kernel["target"]
+    by_registers = 65536 // (-(-kernel["registers"] * 32 // 256) * 256 * 8)
+    assert facts.occupancy(name, 256, 0, target) == min(8, by_registers)
+    half = (164 if target == "sm_80" else 228) * 1024 // 2
+    assert facts.occupancy(name, 256, half, target) == 1, "1 KiB of each block is reserved"
+    with pytest.raises(ValueError, match="kernel must be one of kernels"):
+        facts.occupancy("no_such_kernel", 256, 0, target)
+    with pytest.raises(ValueError, match="threads must be from 1 to 1024, got 2048"):
+        facts.occupancy(name, 2048, 0, target)
+
+
+def test_kernels_keep_their_rules_and_the_golden_table():
+    rows = cuda_gate.rows()
+    problems = [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
+    if builder.find_tools().cuda == (13, 0):
+        golden = cuda_gate.read_golden()
+        for row in rows:
+            if row != golden.pop(row.key, None):
+                problems.append(f"differs from the golden table ({UPDATE}): {row}")
+        problems += [f"only in the golden table ({UPDATE}): {key}" for key in golden]
+    assert rows and not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({}, None),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"kernel": "attention_fwd_kernel<__half, 256, false>", "spills": 8}, None),
+        ({"mma": 0}, "multiplies without tensor cores"),
+    ],
+)
+def test_rules(changes, rule):
+    row = {
+        "target": "sm_80", "kernel": "attention_fwd_kernel<__half, 64, false>", "registers": 255,
+        "spills": 0, "shared": 0, "load_bits": 128, "store_bits": 128, "mma": 64,
+    }  # fmt: skip
+    assert list(broken_rules(Row(**{**row, **changes}))) == ([rule] if rule else [])
