@@ -87,29 +87,60 @@ __device__ inline int tile_offset(int row, int col) {
   return row * D + (piece ^ turn) * 8 + col % 8;
 }
 
+// How the threads of a block share the 16-byte pieces of a tile: neighbours copy neighbouring
+// pieces of a row, and the rows of a thread are `kDown` apart.
+template <int D, int Threads>
+struct CopyPlace {
+  static constexpr int kAcross = D % 256 == 0 ? 32 : D % 128 == 0 ? 16 : D % 64 == 0 ? 8 : 4;
+  static constexpr int kDown = Threads / kAcross;
+  int row, col;
+
+  __device__ CopyPlace()
+      : row(static_cast<int>(threadIdx.x) / kAcross),
+        col(static_cast<int>(threadIdx.x) % kAcross * 8) {}
+
+  // Of the piece `down` rows and `across` columns on, in shared memory.
+  __device__ int operator()(int down, int across) const {
+    if constexpr (kDown % 8 == 0) return tile_offset<D>(row, col) + down * D + across;
+    return tile_offset<D>(row + down, col + across);
+  }
+};
+
 // Begins to copy rows [start, start + Rows) of a sequence of a head; rows outside [low, end) and
 // columns from `headdim` on become 0. `source` is the sequence's row 0.
 template <typename T, int Rows, int D, int Threads>
 __device__ inline void load_tile(T* tile, const T* source, int64_t stride_m, int start, int low,
                                  int end, int headdim) {
-  // Neighbouring threads copy neighbouring pieces; a thread's rows are the same distance apart.
-  constexpr int kAcross = D % 256 == 0 ? 32 : D % 128 == 0 ? 16 : D % 64 == 0 ? 8 : 4;
-  constexpr int kDown = Threads / kAcross;
-  static_assert(Rows % kDown == 0, "every thread has as many pieces");
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / kAcross, col = thread % kAcross * 8;
-  const T* from = source + (start + row) * stride_m + col;
+  using Place = CopyPlace<D, Threads>;
+  static_assert(Rows % Place::kDown == 0, "every thread has as many pieces");
+  const Place place;
+  const T* from = source + (start + place.row) * stride_m + place.col;
   // As unsigned numbers, distances below 0 are not below a length.
-  const uint32_t from_low = static_cast<uint32_t>(start + row - low);
+  const uint32_t from_low = static_cast<uint32_t>(start + place.row - low);
   const uint32_t length = static_cast<uint32_t>(max(end - low, 0));
 #pragma unroll
-  for (int r = 0; r < Rows; r += kDown) {
+  for (int row = 0; row < Rows; row += Place::kDown) {
 #pragma unroll
-    for (int c = 0; c < D; c += kAcross * 8) {
-      const bool valid = from_low + r < length && col + c < headdim;
-      copy_async_16(tile + tile_offset<D>(row + r, col + c), from + c, valid);
+    for (int col = 0; col < D; col += Place::kAcross * 8) {
+      const bool valid = from_low + row < length && place.col + col < headdim;
+      copy_async_16(tile + place(row, col), from + col, valid);
     }
-    from += kDown * stride_m;
+    from += Place::kDown * stride_m;
+  }
+}
+
+// The same of rows that all count. `from` is where this thread's first piece comes from.
+template <typename T, int Rows, int D, int Threads>
+__device__ inline void load_whole_tile(T* tile, const T* from, int64_t stride_m, int headdim) {
+  using Place = CopyPlace<D, Threads>;
+  const Place place;
+#pragma unroll
+  for (int row = 0; row < Rows; row += Place::kDown) {
+#pragma unroll
+    for (int col = 0; col < D; col += Place::kAcross * 8) {
+      copy_async_16(tile + place(row, col), from + col, place.col + col < headdim);
+    }
+    from += Place::kDown * stride_m;
   }
 }
 

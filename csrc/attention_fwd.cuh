@@ -23,13 +23,12 @@ struct ForwardTile {
   int row_tiles;  // of 16 queries, a warp
   int warps;
   int keys;    // of a block
-  int stages;  // tiles of the ring
   int blocks;  // a multiprocessor, which bounds the registers of a thread
 
   __host__ __device__ constexpr int threads() const { return warps * kWarp; }
   __host__ __device__ constexpr int rows() const { return row_tiles * warps * 16; }
   __host__ __device__ constexpr int shared_bytes(int headdim) const {
-    return (rows() + stages * keys) * headdim * 2;
+    return (rows() + 3 * keys) * headdim * 2;
   }
 };
 
@@ -39,9 +38,8 @@ struct ForwardTile {
 // warp are all that 255 registers hold, and one block of eight warps reads k and v half as often as
 // two of four would.
 __host__ __device__ constexpr ForwardTile forward_tile(int headdim) {
-  if (headdim <= 64) return {2, 4, 64, 4, 2};
-  if (headdim <= 128) return {2, 4, 64, 3, 2};
-  return {1, 8, 64, 3, 1};
+  if (headdim <= 128) return {2, 4, 64, 2};
+  return {1, 8, 64, 1};
 }
 
 // The blocks of keys of a tile of queries, in the order in which they are computed: first those
@@ -139,31 +137,35 @@ __device__ inline void mask_scores(float (&s)[kRowTiles][kKeys / 8][4], const At
   }
 }
 
-// Of the rows of a thread, of which tile i has rows 2 i and 2 i + 1: the greatest score so far,
-// and the sum of exponentials of this thread's keys.
+// Of the rows of a thread, of which tile i has rows 2 i and 2 i + 1: the greatest score so far, in
+// base 2, and the sum of the probabilities of this thread's keys.
 template <int kRowTiles>
 struct RowStats {
   float max[kRowTiles * 2], sum[kRowTiles * 2];
 };
 
+// What is subtracted from a row's scores in base 2. Of a row that has seen no key the maximum is
+// -inf, and -inf - -inf would be NaN; that happens in blocks that an edge cuts.
+template <bool kCut>
+__device__ inline float shift_of(float max) {
+  return kCut && max == -INFINITY ? 0.0f : max;
+}
+
 // Takes a block's scores into the maxima and rescales what was summed up under the old ones.
-// Returns in `shift` what is subtracted from scores in base 2. `kMasked`: rows may have seen nothing.
-template <bool kMasked, int kRowTiles, int kKeyTiles, int kColTiles>
-__device__ inline void rescale(float (&shift)[kRowTiles * 2], RowStats<kRowTiles>& stats,
-                               float (&out)[kRowTiles][kColTiles][4],
+template <bool kCut, int kRowTiles, int kKeyTiles, int kColTiles>
+__device__ inline void rescale(RowStats<kRowTiles>& stats, float (&out)[kRowTiles][kColTiles][4],
                                const float (&s)[kRowTiles][kKeyTiles][4], float scale_log2) {
 #pragma unroll
   for (int i = 0; i < kRowTiles * 2; i++) {
-    float m = stats.max[i];
+    float m = s[i / 2][0][i % 2 * 2];
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n++) {
       m = fmaxf(m, fmaxf(s[i / 2][n][i % 2 * 2], s[i / 2][n][i % 2 * 2 + 1]));
     }
     m = fmaxf(m, shuffle_xor(m, 1));
     m = fmaxf(m, shuffle_xor(m, 2));
-    // A row that sees no key yet: -inf - -inf would be NaN, -inf - 0 is not.
-    shift[i] = kMasked && m == -INFINITY ? 0.0f : m * scale_log2;
-    const float alpha = exp2_approx(fmaf(stats.max[i], scale_log2, -shift[i]));
+    m = fmaxf(stats.max[i], m * scale_log2);
+    const float alpha = exp2_approx(stats.max[i] - shift_of<kCut>(m));
     stats.max[i] = m;
     stats.sum[i] *= alpha;
 #pragma unroll
@@ -192,12 +194,11 @@ __device__ inline void drop(float (&s)[4], uint32_t threshold, uint64_t seed, in
 }
 
 // out += p v, with p = 2^(s scale - shift), and the sums of p before dropout.
-template <typename T, int D, bool kDropout, int kRowTiles, int kKeyTiles>
+template <typename T, int D, bool kCut, bool kDropout, int kRowTiles, int kKeyTiles>
 __device__ inline void multiply_values(float (&out)[kRowTiles][D / 8][4],
                                        RowStats<kRowTiles>& stats,
                                        float (&s)[kRowTiles][kKeyTiles][4], const T* v,
-                                       const LanePlaces<D>& places,
-                                       const float (&shift)[kRowTiles * 2], float scale_log2,
+                                       const LanePlaces<D>& places, float scale_log2,
                                        uint32_t threshold, uint64_t seed, int start, int row,
                                        const TilePlace& place) {
 #pragma unroll
@@ -210,7 +211,7 @@ __device__ inline void multiply_values(float (&out)[kRowTiles][D / 8][4],
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           float& x = s[i][m][e];
-          x = exp2_approx(fmaf(x, scale_log2, -shift[i * 2 + e / 2]));
+          x = exp2_approx(fmaf(x, scale_log2, -shift_of<kCut>(stats.max[i * 2 + e / 2])));
           stats.sum[i * 2 + e / 2] += x;
         }
         if constexpr (kDropout) {
@@ -237,8 +238,7 @@ __device__ inline void multiply_values(float (&out)[kRowTiles][D / 8][4],
 template <typename T, int D, int kRowTiles>
 __device__ inline void store_rows(T* tile, float (&out)[kRowTiles][D / 8][4],
                                   const RowStats<kRowTiles>& stats, const AttentionParams& p,
-                                  int n_q, T* to, float* lse, int first_row, int row,
-                                  float scale_log2) {
+                                  int n_q, T* to, float* lse, int first_row, int row) {
   const int lane = lane_id();
 #pragma unroll
   for (int i = 0; i < kRowTiles * 2; i++) {
@@ -250,7 +250,7 @@ __device__ inline void store_rows(T* tile, float (&out)[kRowTiles][D / 8][4],
     const int own = row + i * 8 + lane / 4;
     if (lane % 4 == 0 && first_row + own < n_q) {
       lse[first_row + own] =
-          dead ? -INFINITY : (stats.max[i] * scale_log2 + log2f(sum)) * kLn2;
+          dead ? -INFINITY : (stats.max[i] + log2f(sum)) * kLn2;
     }
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
@@ -295,35 +295,19 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
 
   T* q_tile = shared_memory<T>();
   T* ring = q_tile + kTile.rows() * D;
-  constexpr int kLastStage = kTile.stages - 1;
-  int write = 0, read = 0;  // stages of the ring
-  auto next = [](int stage) { return stage == kLastStage ? 0 : stage + 1; };
-  // Copy number `i` of k and v in turns goes into the ring; past the last one, an empty group.
-  auto copy = [&](int i) {
-    if (i < blocks.count * 2) {
-      load_tile<T, kKeys, D, kThreads>(ring + write * (kKeys * D), i & 1 ? v : k,
-                                       i & 1 ? p.v.stride_m : p.k.stride_m,
-                                       blocks.start(i >> 1, kKeys), blocks.low, blocks.end,
-                                       p.headdim);
+  constexpr int kLastStage = 2 * kKeys * D;
+  auto next_stage = [](int stage) { return stage == kLastStage ? 0 : stage + kKeys * D; };
+  auto copy_cut = [&](T* tile, const T* source, int64_t stride_m, int i) {
+    if (i < blocks.count) {
+      load_tile<T, kKeys, D, kThreads>(tile, source, stride_m, blocks.start(i, kKeys), blocks.low,
+                                       blocks.end, p.headdim);
     }
-    copy_async_commit();
-    write = next(write);
+    copy_async_commit();  // an empty group past the end, which keeps their number
   };
-  // What copy number `i` brought; nobody reads any more what the one before it brought.
-  auto arrive = [&](int i) {
-    copy_async_wait<kTile.stages - 2>();
-    sync_block();
-    copy(i + kTile.stages - 1);
-    const T* tile = ring + read * (kKeys * D);
-    read = next(read);
-    return tile;
-  };
-
   load_tile<T, kTile.rows(), D, kThreads>(q_tile, q, p.q.stride_m, first_row, 0, sequence.n_q,
                                           p.headdim);
-  copy_async_commit();
-#pragma unroll
-  for (int i = 0; i < kTile.stages - 1; i++) copy(i);
+  copy_cut(ring, k, p.k.stride_m, 0);
+  copy_cut(ring + kKeys * D, v, p.v.stride_m, 0);
   // Maxima are taken of q k, so the sign of the scale goes into q.
   if (p.scale < 0.0f) negate_copied<T, kTile.rows(), D, kThreads>(q_tile);
 
@@ -338,17 +322,47 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
     stats.max[i] = -INFINITY;
     stats.sum[i] = 0.0f;
   }
-  auto attend = [&](int i, auto masked) {
-    constexpr bool kMasked = decltype(masked)::value;
+  // Where this thread's part of the next whole block comes from.
+  const CopyPlace<D, kThreads> mine;
+  const int64_t next_row = blocks.whole + kKeys + mine.row;
+  const T* k_from = k + next_row * p.k.stride_m + mine.col;
+  const T* v_from = v + next_row * p.v.stride_m + mine.col;
+  auto copy_whole = [&](T* tile, const T*& from, int64_t stride_m, int i) {
+    if (i < blocks.count) {
+      load_whole_tile<T, kKeys, D, kThreads>(tile, from, stride_m, p.headdim);
+      from += kKeys * stride_m;
+    }
+    copy_async_commit();
+  };
+  int stage = 0;  // where in the ring k of the block is
+  auto attend = [&](int i, auto cut) {
+    constexpr bool kCut = decltype(cut)::value;
+    const int stage_v = next_stage(stage), stage_next = next_stage(stage_v);
+    float s[kRowTiles][kKeys / 8][4];
+    copy_async_wait<1>();  // for all but v
+    sync_block();
+    if constexpr (kCut) {
+      copy_cut(ring + stage_next, k, p.k.stride_m, i + 1);
+    } else {
+      copy_whole(ring + stage_next, k_from, p.k.stride_m, i + 1);
+    }
+    multiply_keys<T, D, kRowTiles, kKeys>(s, q_tile + row * D, ring + stage, places, k_places);
     const int start = blocks.start(i, kKeys);
-    float s[kRowTiles][kKeys / 8][4], shift[kRowTiles * 2];
-    multiply_keys<T, D, kRowTiles, kKeys>(s, q_tile + row * D, arrive(i * 2), places, k_places);
-    if constexpr (kMasked) {
+    if constexpr (kCut) {
       mask_scores<kRowTiles, kKeys>(s, p, sequence, first_row + row, start);
     }
-    rescale<kMasked>(shift, stats, out, s, launched.scale_log2);
-    multiply_values<T, D, kDropout>(out, stats, s, arrive(i * 2 + 1), places, shift,
-                                    launched.scale_log2, p.dropout_threshold, seed, start, first_row + row, place);
+    rescale<kCut>(stats, out, s, launched.scale_log2);
+    copy_async_wait<1>();  // for all but the next k
+    sync_block();
+    if constexpr (kCut) {
+      copy_cut(ring + stage, v, p.v.stride_m, i + 1);
+    } else {
+      copy_whole(ring + stage, v_from, p.v.stride_m, i + 1);
+    }
+    multiply_values<T, D, kCut, kDropout>(out, stats, s, ring + stage_v, places,
+                                          launched.scale_log2, p.dropout_threshold, seed, start,
+                                          first_row + row, place);
+    stage = stage_next;
   };
 #pragma unroll 1
   for (int i = 0; i < blocks.cut; i++) attend(i, std::true_type());
@@ -359,8 +373,7 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
   sync_block();
   T* to = row_0<T>(p.out, place.batch, sequence.first_q, place.head);
   float* lse = p.lse + stats_row_0(p, sequence, place.batch, place.head);
-  store_rows<T, D, kRowTiles>(q_tile, out, stats, p, sequence.n_q, to, lse, first_row, row,
-                              launched.scale_log2);
+  store_rows<T, D, kRowTiles>(q_tile, out, stats, p, sequence.n_q, to, lse, first_row, row);
 }
 
 // Causal tiles differ in length, and the shortest of all heads should come last; but what the heads
