@@ -107,14 +107,14 @@ struct CopyPlace {
 };
 
 // Begins to copy rows [start, start + Rows) of a sequence of a head; rows outside [low, end) and
-// columns from `headdim` on become 0. `source` is the sequence's row 0.
+// columns from `headdim` on become 0. `from` is where this thread's first piece comes from.
 template <typename T, int Rows, int D, int Threads>
-__device__ inline void load_tile(T* tile, const T* source, int64_t stride_m, int start, int low,
-                                 int end, int headdim) {
+__device__ inline void load_cut_tile(T* tile, const T* from, int64_t stride_m, int start, int low,
+                                     int end, int headdim) {
   using Place = CopyPlace<D, Threads>;
   static_assert(Rows % Place::kDown == 0, "every thread has as many pieces");
-  const Place place;
-  const T* from = source + (start + place.row) * stride_m + place.col;
+  Place place;
+  forget(place.row);  // a loop that copies tiles has no registers to spare for their addresses
   // As unsigned numbers, distances below 0 are not below a length.
   const uint32_t from_low = static_cast<uint32_t>(start + place.row - low);
   const uint32_t length = static_cast<uint32_t>(max(end - low, 0));
@@ -129,7 +129,16 @@ __device__ inline void load_tile(T* tile, const T* source, int64_t stride_m, int
   }
 }
 
-// The same of rows that all count. `from` is where this thread's first piece comes from.
+// The same, of a sequence whose row 0 is `source`.
+template <typename T, int Rows, int D, int Threads>
+__device__ inline void load_tile(T* tile, const T* source, int64_t stride_m, int start, int low,
+                                 int end, int headdim) {
+  const CopyPlace<D, Threads> place;
+  load_cut_tile<T, Rows, D, Threads>(tile, source + (start + place.row) * stride_m + place.col,
+                                     stride_m, start, low, end, headdim);
+}
+
+// load_cut_tile of rows that all count.
 template <typename T, int Rows, int D, int Threads>
 __device__ inline void load_whole_tile(T* tile, const T* from, int64_t stride_m, int headdim) {
   using Place = CopyPlace<D, Threads>;
@@ -153,9 +162,12 @@ struct LanePlaces {
   int at[kTurns];
 
   // `row`, `col`: the lane's own in the 16x16 numbers that an ldmatrix reads.
-  __device__ LanePlaces(int row, int col) {
+  __device__ LanePlaces(int row, int col) : LanePlaces(tile_offset<D>(row, col)) {}
+
+  // `first`: that of the first 16x16 numbers.
+  __device__ explicit LanePlaces(int first) {
 #pragma unroll
-    for (int i = 0; i < kTurns; i++) at[i] = tile_offset<D>(row, col + i * 16);
+    for (int i = 0; i < kTurns; i++) at[i] = first ^ (i * 16);
   }
 
   // Of the 16x16 numbers `row` rows (a multiple of 8) and `col` columns (of 16) on.
@@ -170,7 +182,8 @@ __device__ inline LanePlaces<D> lane_places(int row) {
   return {row + lane_id() % 16, lane_id() / 16 * 8};
 }
 
-// For load_b_trans.
+// For load_b_trans. (The other places would give the same numbers, but not each fragment in two
+// neighbouring registers, where mma wants it.)
 template <int D>
 __device__ inline LanePlaces<D> lane_places_trans(int row) {
   return {row + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2 * 8};

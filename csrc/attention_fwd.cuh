@@ -37,9 +37,10 @@ struct ForwardTile {
 // dim 128 three stages are what lets two blocks share the 163 KiB of sm_80. At 256, 16 queries a
 // warp are all that 255 registers hold, and one block of eight warps reads k and v half as often as
 // two of four would.
-__host__ __device__ constexpr ForwardTile forward_tile(int headdim) {
-  if (headdim <= 128) return {2, 4, 64, 2};
-  return {1, 8, 64, 1};
+__host__ __device__ constexpr ForwardTile forward_tile(int headdim, bool dropout) {
+  if (headdim <= 96) return {2, 4, dropout ? 32 : 64, 2};
+  if (headdim <= 128 && !dropout) return {2, 4, 32, 2};
+  return {1, 8, headdim > 128 && dropout ? 32 : 64, 1};
 }
 
 // The blocks of keys of a tile of queries, in the order in which they are computed: first those
@@ -91,7 +92,7 @@ __device__ inline void negate_copied(T* tile) {
 template <typename T, int D, int kRowTiles, int kKeys>
 __device__ inline void multiply_keys(float (&s)[kRowTiles][kKeys / 8][4], const T* q, const T* k,
                                      const LanePlaces<D>& places,
-                                     const LanePlaces<D>& k_places) {
+                                     const LanePlaces<D>& places_trans) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; i++) {
 #pragma unroll
@@ -108,7 +109,7 @@ __device__ inline void multiply_keys(float (&s)[kRowTiles][kKeys / 8][4], const 
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n += 2) {
       uint32_t b[4];
-      load_b_trans(b, k, k_places, n * 8, col);
+      load_b_trans(b, k, places_trans, n * 8, col);
 #pragma unroll
       for (int i = 0; i < kRowTiles; i++) {
         mma_m16n8k16<T>(s[i][n], a[i], b[0], b[1]);
@@ -284,9 +285,9 @@ struct ForwardLaunch {
 };
 
 template <typename T, int D, bool kDropout>
-__global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blocks)
+__global__ void __launch_bounds__(forward_tile(D, kDropout).threads(), forward_tile(D, kDropout).blocks)
     attention_fwd_kernel(const AttentionParams p, const ForwardLaunch launched) {
-  constexpr ForwardTile kTile = forward_tile(D);
+  constexpr ForwardTile kTile = forward_tile(D, kDropout);
   constexpr int kKeys = kTile.keys, kThreads = kTile.threads(), kRowTiles = kTile.row_tiles;
   const TilePlace place = tile_place(p, launched.tiles, launched.section);
   const Sequence sequence = sequence_of(p, place.batch);
@@ -294,30 +295,39 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
   if (first_row >= sequence.n_q) return;
   const KeyBlocks blocks = key_blocks(p, sequence, first_row, kTile.rows(), kKeys);
   const T* q = row_0<T>(p.q, place.batch, sequence.first_q, place.head);
-  const T* k = row_0<T>(p.k, place.batch, sequence.first_k, place.head_k);
-  const T* v = row_0<T>(p.v, place.batch, sequence.first_k, place.head_k);
 
   T* q_tile = shared_memory<T>();
   T* ring = q_tile + kTile.rows() * D;
   constexpr int kLastStage = 2 * kKeys * D;
   auto next_stage = [](int stage) { return stage == kLastStage ? 0 : stage + kKeys * D; };
-  auto copy_cut = [&](T* tile, const T* source, int64_t stride_m, int i) {
+  // Where this thread's part of a block comes from: first of the first one, then of the next.
+  int start = blocks.start(0, kKeys);
+  const CopyPlace<D, kThreads> mine;
+  const T* k_from = row_0<T>(p.k, place.batch, sequence.first_k, place.head_k) +
+                    (start + mine.row) * p.k.stride_m + mine.col;
+  const T* v_from = row_0<T>(p.v, place.batch, sequence.first_k, place.head_k) +
+                    (start + mine.row) * p.v.stride_m + mine.col;
+  auto copy = [&](T* tile, const T*& from, int64_t stride_m, int step, int i, auto cut) {
     if (i < blocks.count) {
-      load_tile<T, kKeys, D, kThreads>(tile, source, stride_m, blocks.start(i, kKeys), blocks.low,
-                                       blocks.end, p.headdim);
+      from += step * stride_m;
+      if constexpr (decltype(cut)::value) {
+        load_cut_tile<T, kKeys, D, kThreads>(tile, from, stride_m, start + step, blocks.low,
+                                             blocks.end, p.headdim);
+      } else {
+        load_whole_tile<T, kKeys, D, kThreads>(tile, from, stride_m, p.headdim);
+      }
     }
     copy_async_commit();  // an empty group past the end, which keeps their number
   };
   load_tile<T, kTile.rows(), D, kThreads>(q_tile, q, p.q.stride_m, first_row, 0, sequence.n_q,
                                           p.headdim);
-  copy_cut(ring, k, p.k.stride_m, 0);
-  copy_cut(ring + kKeys * D, v, p.v.stride_m, 0);
+  copy(ring, k_from, p.k.stride_m, 0, 0, std::true_type());
+  copy(ring + kKeys * D, v_from, p.v.stride_m, 0, 0, std::true_type());
   // Maxima are taken of q k, so the sign of the scale goes into q.
   if (p.scale < 0.0f) negate_copied<T, kTile.rows(), D, kThreads>(q_tile);
 
   const int row = warp_id() * kRowTiles * 16;
-  const LanePlaces<D> places = lane_places<D>(0);
-  const LanePlaces<D> k_places = lane_places_trans<D>(0);
+  int lane_place = lane_places<D>(0).at[0], lane_place_trans = lane_places_trans<D>(0).at[0];
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
   float out[kRowTiles][D / 8][4] = {};
   RowStats<kRowTiles> stats;
@@ -326,47 +336,35 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
     stats.max[i] = -INFINITY;
     stats.sum[i] = 0.0f;
   }
-  // Where this thread's part of the next whole block comes from.
-  const CopyPlace<D, kThreads> mine;
-  const int64_t next_row = blocks.whole + kKeys + mine.row;
-  const T* k_from = k + next_row * p.k.stride_m + mine.col;
-  const T* v_from = v + next_row * p.v.stride_m + mine.col;
-  auto copy_whole = [&](T* tile, const T*& from, int64_t stride_m, int i) {
-    if (i < blocks.count) {
-      load_whole_tile<T, kKeys, D, kThreads>(tile, from, stride_m, p.headdim);
-      from += kKeys * stride_m;
-    }
-    copy_async_commit();
-  };
   int stage = 0;  // where in the ring k of the block is
   auto attend = [&](int i, auto cut) {
     constexpr bool kCut = decltype(cut)::value;
+    const int step = kCut ? blocks.start(i + 1, kKeys) - start : kKeys;
+    // The registers are full: addresses are made of two offsets in each block, not kept.
+    forget(lane_place);
+    forget(lane_place_trans);
+    const LanePlaces<D> places(lane_place), places_trans(lane_place_trans);
     const int stage_v = next_stage(stage), stage_next = next_stage(stage_v);
     float s[kRowTiles][kKeys / 8][4];
     copy_async_wait<1>();  // for all but v
     sync_block();
+    copy(ring + stage_next, k_from, p.k.stride_m, step, i + 1, cut);
+    multiply_keys<T, D, kRowTiles, kKeys>(s, q_tile + row * D, ring + stage, places,
+                                          places_trans);
     if constexpr (kCut) {
-      copy_cut(ring + stage_next, k, p.k.stride_m, i + 1);
-    } else {
-      copy_whole(ring + stage_next, k_from, p.k.stride_m, i + 1);
-    }
-    multiply_keys<T, D, kRowTiles, kKeys>(s, q_tile + row * D, ring + stage, places, k_places);
-    const int start = blocks.start(i, kKeys);
-    if constexpr (kCut) {
-      mask_scores<kRowTiles, kKeys>(s, p, sequence, first_row + row, start);
+      int from_row = first_row + row;
+      forget(from_row);
+      mask_scores<kRowTiles, kKeys>(s, p, sequence, from_row, start);
     }
     rescale<kCut>(stats, out, s, launched.scale_log2);
     copy_async_wait<1>();  // for all but the next k
     sync_block();
-    if constexpr (kCut) {
-      copy_cut(ring + stage, v, p.v.stride_m, i + 1);
-    } else {
-      copy_whole(ring + stage, v_from, p.v.stride_m, i + 1);
-    }
+    copy(ring + stage, v_from, p.v.stride_m, step, i + 1, cut);
     multiply_values<T, D, kCut, kDropout>(out, stats, s, ring + stage_v, places,
                                           launched.scale_log2, p.dropout_threshold, seed, start,
                                           first_row + row, place);
     stage = stage_next;
+    start += step;
   };
 #pragma unroll 1
   for (int i = 0; i < blocks.cut; i++) attend(i, std::true_type());
@@ -375,9 +373,10 @@ __global__ void __launch_bounds__(forward_tile(D).threads(), forward_tile(D).blo
 
   copy_async_wait<0>();  // of q, where no key is seen, so that its tile is free
   sync_block();
-  T* to = row_0<T>(p.out, place.batch, sequence.first_q, place.head);
-  float* lse = p.lse + stats_row_0(p, sequence, place.batch, place.head);
-  store_rows<T, D, kRowTiles>(q_tile, out, stats, p, sequence.n_q, to, lse, first_row, row);
+  const Sequence again = sequence_of(p, place.batch);  // read again, not kept through the loops
+  T* to = row_0<T>(p.out, place.batch, again.first_q, place.head);
+  float* lse = p.lse + stats_row_0(p, again, place.batch, place.head);
+  store_rows<T, D, kRowTiles>(q_tile, out, stats, p, again.n_q, to, lse, first_row, row);
 }
 
 // Causal tiles differ in length, and the shortest of all heads should come last; but what the heads
@@ -391,7 +390,7 @@ inline int forward_section(const AttentionParams& p, int64_t heads) {
 
 template <typename T, int D, bool kDropout>
 cudaError_t launch_attention_fwd(const AttentionParams& p, cudaStream_t stream) {
-  constexpr ForwardTile kTile = forward_tile(D);
+  constexpr ForwardTile kTile = forward_tile(D, kDropout);
   const int64_t heads = int64_t{p.batch} * p.nheads;
   const int tiles = ceil_div(p.seqlen_q, kTile.rows());
   if (heads * tiles == 0) return cudaSuccess;
