@@ -73,14 +73,17 @@ __device__ inline KeyBlocks key_blocks(const AttentionParams& p, const Sequence&
 // Changes the signs of what this thread has copied of a tile by load_tile: before a barrier.
 template <typename T, int Rows, int D, int Threads>
 __device__ inline void negate_copied(T* tile) {
+  using Place = CopyPlace<D, Threads>;
+  const Place place;
   copy_async_wait<0>();
 #pragma unroll 1
-  for (int piece = static_cast<int>(threadIdx.x); piece < Rows * D / 8; piece += Threads) {
-    T* at = tile + tile_offset<D>(piece / (D / 8), piece % (D / 8) * 8);
-    uint4 x = *reinterpret_cast<const uint4*>(at);
-    constexpr uint32_t kSigns = 0x80008000u;
-    *reinterpret_cast<uint4*>(at) =
-        uint4{x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns};
+  for (int row = 0; row < Rows; row += Place::kDown) {
+#pragma unroll
+    for (int col = 0; col < D; col += Place::kAcross * 8) {
+      uint4& x = *reinterpret_cast<uint4*>(tile + place(row, col));
+      constexpr uint32_t kSigns = 0x80008000u;
+      x = uint4{x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns};
+    }
   }
 }
 
@@ -182,15 +185,16 @@ __device__ inline void rescale(RowStats<kRowTiles>& stats, float (&out)[kRowTile
 __device__ inline void drop(float (&s)[4], uint32_t threshold, uint64_t seed, int key, int row,
                             const TilePlace& place) {
   const int lane = lane_id();
-  const bool odd = lane % 2 != 0;
-  const uint4 words = philox(seed, key / 4 + lane % 4 / 2, row + lane / 4 + (odd ? 8 : 0),
-                             place.head, place.batch);
-  const uint32_t other0 = shuffle_xor(odd ? words.x : words.z, 1);
-  const uint32_t other1 = shuffle_xor(odd ? words.y : words.w, 1);
-  s[0] = (odd ? other0 : words.x) >= threshold ? s[0] : 0.0f;
-  s[1] = (odd ? other1 : words.y) >= threshold ? s[1] : 0.0f;
-  s[2] = (odd ? words.z : other0) >= threshold ? s[2] : 0.0f;
-  s[3] = (odd ? words.w : other1) >= threshold ? s[3] : 0.0f;
+  const uint32_t odd = 0u - lane % 2u;  // all bits, or none
+  const auto select = [&](uint32_t a, uint32_t b) { return (a & odd) | (b & ~odd); };
+  const uint4 words = philox(seed, key / 4 + lane % 4 / 2, row + lane / 4 + (odd & 8), place.head,
+                             place.batch);
+  const uint32_t other0 = shuffle_xor(select(words.x, words.z), 1);
+  const uint32_t other1 = shuffle_xor(select(words.y, words.w), 1);
+  s[0] = select(other0, words.x) >= threshold ? s[0] : 0.0f;
+  s[1] = select(other1, words.y) >= threshold ? s[1] : 0.0f;
+  s[2] = select(words.z, other0) >= threshold ? s[2] : 0.0f;
+  s[3] = select(words.w, other1) >= threshold ? s[3] : 0.0f;
 }
 
 // out += p v, with p = 2^(s scale - shift), and the sums of p before dropout.
