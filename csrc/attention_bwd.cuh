@@ -18,8 +18,9 @@ namespace fastlm {
 struct BackwardTile {
   int row_tiles;  // of 16 own rows, a warp
   int warps;
-  int others;  // rows of the other side, a stage of the ring of two
-  int chunk;   // of them, whose scores are in registers at a time
+  int others;  // rows of the other side, a stage of the ring
+  int stages;
+  int chunk;  // of `others`, whose scores are in registers at a time
   // Own fragments live in registers and pass through the ring, else in shared memory.
   bool keep_first, keep_second;
   int blocks;  // a multiprocessor, which bounds the registers of a thread
@@ -27,35 +28,37 @@ struct BackwardTile {
   __host__ __device__ constexpr int threads() const { return warps * kWarp; }
   __host__ __device__ constexpr int rows() const { return row_tiles * warps * 16; }
   __host__ __device__ constexpr int kept() const { return keep_first + keep_second; }
-  __host__ __device__ constexpr int ring(int headdim) const { return 4 * others * headdim; }
+  __host__ __device__ constexpr int ring(int headdim) const { return stages * 2 * others * headdim; }
   __host__ __device__ constexpr int shared_bytes(int headdim) const {
     return ((2 - kept()) * rows() * headdim + ring(headdim)) * 2;
   }
 };
 
 // The blocks of one side of which a tile of rows of the other, `first` to `last`, has pairs, in the
-// order in which they are computed: first those that an edge cuts, the upper one, then the lower
-// one; then the whole ones. A row has the others from row + diagonal - left to row + diagonal +
-// right, of `n`.
+// order in which they are computed: first those that an edge cuts, the lower one, then the upper
+// one; then the whole ones between. A row has the others from row + diagonal - left to row +
+// diagonal + right, of `n`.
 struct OtherBlocks {
-  int low, end;                // others outside have no pair in the tile
-  int upper, lower, whole;     // where these blocks start
-  int cut_upper, cut, count;   // how many: at the upper edge, at both, in all
+  int low, end;               // others outside have no pair in the tile
+  int cut_lower, cut, whole;  // how many: at the lower edge, at both, between
 
   __device__ OtherBlocks(int first, int last, int diagonal, int left, int right, int n, int step) {
     low = max(first + diagonal - left, 0);
     end = max(min(last + diagonal + right + 1, n), 0);
-    lower = low / step * step;
-    whole = ceil_div(max(last + diagonal - left, 0), step) * step;
-    upper = max(whole, max(min(first + diagonal + right + 1, n), 0) / step * step);
-    cut_upper = max(ceil_div(end - upper, step), 0);
-    cut = cut_upper + max(ceil_div(min(whole, end) - lower, step), 0);
-    count = cut + (upper - whole) / step;
+    const int lower = low / step;
+    const int all_from = ceil_div(max(last + diagonal - left, 0), step);
+    const int all_to = max(all_from, max(min(first + diagonal + right + 1, n), 0) / step);
+    const int upper = ceil_div(end, step);
+    cut_lower = max(min(all_from, upper) - lower, 0);
+    cut = cut_lower + max(upper - all_to, 0);
+    whole = all_to - all_from;
   }
 
+  __device__ int count() const { return cut + whole; }
+
   __device__ int start(int i, int step) const {
-    const int begin = i < cut_upper ? upper : i < cut ? lower : whole;
-    return begin + (i - (i < cut_upper ? 0 : i < cut ? cut_upper : cut)) * step;
+    const int index = i >= cut ? i - cut + cut_lower : i >= cut_lower ? i + whole : i;
+    return (low / step + index) * step;
   }
 };
 
@@ -76,7 +79,7 @@ struct OwnRows<T, D, kRowTiles, true> {
     }
   }
 
-  __device__ void get(uint32_t (&a)[4], int i, int col) const {
+  __device__ void get(uint32_t (&a)[4], const LanePlaces<D>&, int i, int col) const {
 #pragma unroll
     for (int e = 0; e < 4; e++) a[e] = kept[i][col / 16][e];
   }
@@ -84,20 +87,20 @@ struct OwnRows<T, D, kRowTiles, true> {
 
 template <typename T, int D, int kRowTiles>
 struct OwnRows<T, D, kRowTiles, false> {
-  const T* tile;
-  LanePlaces<D> places;
+  const T* rows;
 
-  __device__ OwnRows(const T* own, int row) : tile(own), places(lane_places<D>(row)) {}
+  __device__ OwnRows(const T* tile, int row) : rows(tile + row * D) {}
 
-  __device__ void get(uint32_t (&a)[4], int i, int col) const {
-    load_a<D>(a, tile, places, i * 16, col);
+  __device__ void get(uint32_t (&a)[4], const LanePlaces<D>& places, int i, int col) const {
+    load_a<D>(a, rows, places, i * 16, col);
   }
 };
 
 // x = own rows times rows [row, row + kChunk) of `tile`, transposed.
 template <typename T, int D, int kRowTiles, int kChunk, typename Own>
 __device__ inline void multiply_others(float (&x)[kRowTiles][kChunk / 8][4], const Own& own,
-                                       const T* tile, const LanePlaces<D>& places_trans, int row) {
+                                       const T* tile, const LanePlaces<D>& places,
+                                       const LanePlaces<D>& places_trans, int row) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; i++) {
 #pragma unroll
@@ -110,7 +113,7 @@ __device__ inline void multiply_others(float (&x)[kRowTiles][kChunk / 8][4], con
   for (int col = 0; col < D; col += 16) {
     uint32_t a[kRowTiles][4];
 #pragma unroll
-    for (int i = 0; i < kRowTiles; i++) own.get(a[i], i, col);
+    for (int i = 0; i < kRowTiles; i++) own.get(a[i], places, i, col);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
       uint32_t b[4];

@@ -16,10 +16,13 @@ namespace fastlm {
 // fragments of q and do feed four products each; from head dim 96 on registers hold 16, and k, kept
 // there, leaves shared memory to a stage of 64 queries and stays below the 99 KiB of sm_86. At 256
 // there is no room for both results: dv and dk have a pass each, 5 products in the place of 4.
-__host__ __device__ constexpr BackwardTile dkv_tile(int headdim) {
-  if (headdim <= 64) return {2, 4, 64, 32, false, false, 2};
-  if (headdim <= 128) return {1, 8, 64, 32, true, false, 1};
-  return {1, 8, 32, 32, true, false, 1};
+__host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout) {
+  const int chunk = dropout || headdim <= 32 || headdim > 128 ? 16 : 32;
+  if (headdim <= 32) return {2, 4, 32, 4, chunk, true, true, dropout ? 2 : 3};
+  if (headdim <= 64) return {2, 4, 32, 3, chunk, false, false, 2};
+  if (headdim <= 96) return {1, 8, 64, 2, chunk, true, false, 1};
+  if (headdim <= 128) return {1, 8, 32, 4, chunk, true, false, 1};
+  return {1, 8, 32, 2, chunk, true, false, 1};
 }
 
 // What a program works on: a tile of keys of one key head.
@@ -63,23 +66,20 @@ struct QueryStats {
   float lse, delta;  // of `safe_lse`
 };
 
-// The queries that a program walks over: blocks of rows, those of all heads of a key head.
-struct QueryBlocks {
-  OtherBlocks blocks;
-  int group;  // heads
-
-  // First the blocks that an edge cuts, of one head after the other, then the whole ones.
-  __device__ int cut() const { return group * blocks.cut; }
-  __device__ int count() const { return group * blocks.count; }
-
-  __device__ void find(int i, int& head, int& start, int step) const {
-    const bool whole = i >= cut();
-    const int each = whole ? blocks.count - blocks.cut : blocks.cut;
-    const int index = whole ? i - cut() : i;
-    head = index / each;
-    start = blocks.start(index - head * each + (whole ? blocks.cut : 0), step);
-  }
+// A block of queries of one of the heads that share a key head.
+struct QueryBlock {
+  int head, start;
 };
+
+// Block i of `group` heads: first the blocks that an edge cuts, of one head after the other, then
+// the whole ones.
+__device__ inline QueryBlock query_block(const OtherBlocks& blocks, int group, int i, int step) {
+  const bool whole = i >= group * blocks.cut;
+  const int each = whole ? blocks.whole : blocks.cut;
+  const int index = whole ? i - group * blocks.cut : i;
+  const int head = index / each;
+  return {head, blocks.start(index - head * each + (whole ? blocks.cut : 0), step)};
+}
 
 // Turns scores into p, as dv needs it, and dp into ds: queries from `start` on, keys from `key` on.
 // `stats`: of the first query, in shared memory.
@@ -130,9 +130,9 @@ struct DkvLaunch {
 
 // kDk, kDv: which of the two a pass has.
 template <typename T, int D, bool kDropout, bool kDk, bool kDv>
-__global__ void __launch_bounds__(dkv_tile(D).threads(), dkv_tile(D).blocks)
+__global__ void __launch_bounds__(dkv_tile(D, kDropout).threads(), dkv_tile(D, kDropout).blocks)
     attention_dkv_kernel(const AttentionBackwardParams backward, const DkvLaunch launched) {
-  constexpr BackwardTile kTile = dkv_tile(D);
+  constexpr BackwardTile kTile = dkv_tile(D, kDropout);
   constexpr int kRows = kTile.rows(), kRowTiles = kTile.row_tiles, kThreads = kTile.threads();
   constexpr int kQueries = kTile.others, kChunk = kTile.chunk;
   const AttentionParams& p = backward.forward;
@@ -144,41 +144,40 @@ __global__ void __launch_bounds__(dkv_tile(D).threads(), dkv_tile(D).blocks)
   if (first_key >= stored) return;
   const int group = p.nheads / p.nheads_k, first_head = place.head_k * group;
   const int last_key = min(first_key + kRows, sequence.n_k) - 1;
-  const QueryBlocks queries{
-      OtherBlocks(first_key, last_key, -sequence.diagonal, p.right, p.left, sequence.n_q, kQueries),
-      first_key < sequence.n_k ? group : 0};
+  const OtherBlocks blocks(first_key, last_key, -sequence.diagonal, p.right, p.left, sequence.n_q,
+                           kQueries);
   const int64_t stats = stats_row_0(p, sequence, place.batch, first_head);
   const T* q = row_0<T>(p.q, place.batch, sequence.first_q, first_head);
   const T* dout = row_0<T>(backward.dout, place.batch, sequence.first_q, first_head);
 
   T* ring = shared_memory<T>() + (2 - kTile.kept()) * kRows * D;
   QueryStats* ring_stats = reinterpret_cast<QueryStats*>(ring + kTile.ring(D));
-  // Copies block i of q, then of do, into stage i % 2 of the ring.
-  auto copy = [&](int i) {
-    T* stage = ring + i % 2 * (2 * kQueries * D);
-    int head, start;
-    queries.find(i, head, start, kQueries);
-    load_tile<T, kQueries, D, kThreads>(stage, q + head * p.q.stride_h, p.q.stride_m, start,
-                                        queries.blocks.low, queries.blocks.end, p.headdim);
-    load_tile<T, kQueries, D, kThreads>(stage + kQueries * D, dout + head * backward.dout.stride_h,
-                                        backward.dout.stride_m, start, queries.blocks.low,
-                                        queries.blocks.end, p.headdim);
-  };
-  // Of block i, the query that this thread brings to the others, if there is one.
+  const int cut = first_key < sequence.n_k ? group * blocks.cut : 0;
+  const int count = first_key < sequence.n_k ? group * blocks.count() : 0;
+  // Copies block i of q, then of do, into the ring; past the last one, an empty group. Returns what
+  // keys need to know of the query that this thread brings to the others, if there is one.
   const int own_query = static_cast<int>(threadIdx.x);
-  auto load_stats = [&](int i) {
+  auto copy = [&](int i) {
     QueryStats x{INFINITY, 0.0f};
-    int head, start;
-    queries.find(i, head, start, kQueries);
-    if (own_query < kQueries && start + own_query < sequence.n_q) {
-      const int64_t at = stats + head * p.lse_stride_h + start + own_query;
-      x = {p.lse[at], backward.delta[at]};
+    if (i < count) {
+      const QueryBlock block = query_block(blocks, group, i, kQueries);
+      T* stage = ring + i % kTile.stages * (2 * kQueries * D);
+      load_tile<T, kQueries, D, kThreads>(stage, q + block.head * p.q.stride_h, p.q.stride_m,
+                                          block.start, blocks.low, blocks.end, p.headdim);
+      load_tile<T, kQueries, D, kThreads>(
+          stage + kQueries * D, dout + block.head * backward.dout.stride_h, backward.dout.stride_m,
+          block.start, blocks.low, blocks.end, p.headdim);
+      if (own_query < kQueries && block.start + own_query < sequence.n_q) {
+        const int64_t at = stats + block.head * p.lse_stride_h + block.start + own_query;
+        x = {p.lse[at], backward.delta[at]};
+      }
     }
+    copy_async_commit();
     return x;
   };
   auto store_stats = [&](int i, QueryStats x) {
     if (own_query >= kQueries) return;
-    ring_stats[i % 2 * kQueries + own_query] = {safe_lse(x.lse), x.delta};
+    ring_stats[i % kTile.stages * kQueries + own_query] = {safe_lse(x.lse), x.delta};
   };
 
   // Keys that no query sees are not read: they may hold NaN.
@@ -201,45 +200,37 @@ __global__ void __launch_bounds__(dkv_tile(D).threads(), dkv_tile(D).blocks)
   const OwnRows<T, D, kRowTiles, kTile.keep_first> k_rows(k_tile, row);
   const OwnRows<T, D, kRowTiles, kTile.keep_second> v_rows(v_tile, row);
   sync_block();
-  const int count = queries.count();
-  if (count > 0) {
-    copy(0);
-    store_stats(0, load_stats(0));
-  }
-  copy_async_commit();
+#pragma unroll
+  for (int i = 0; i < kTile.stages - 1; i++) store_stats(i, copy(i));
 
   const LanePlaces<D> places = lane_places<D>(0), places_trans = lane_places_trans<D>(0);
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
   float dk[kRowTiles][D / 8][4] = {}, dv[kRowTiles][D / 8][4] = {};
   auto add = [&](int i, auto masked) {
-    copy_async_wait<0>();
+    copy_async_wait<kTile.stages - 2>();
     sync_block();  // block i is there, and nobody reads block i - 1
-    QueryStats next{};
-    if (i + 1 < count) {
-      copy(i + 1);
-      next = load_stats(i + 1);
-    }
-    copy_async_commit();
-    const T* q_tile = ring + i % 2 * (2 * kQueries * D);
+    const QueryStats next = copy(i + kTile.stages - 1);
+    const QueryBlock block = query_block(blocks, group, i, kQueries);
+    const T* q_tile = ring + i % kTile.stages * (2 * kQueries * D);
     const T* do_tile = q_tile + kQueries * D;
-    int head, start;
-    queries.find(i, head, start, kQueries);
 #pragma unroll 1
     for (int query = 0; query < kQueries; query += kChunk) {
       float s[kRowTiles][kChunk / 8][4], dp[kRowTiles][kChunk / 8][4];
-      multiply_others<T, D, kRowTiles, kChunk>(s, k_rows, q_tile, places_trans, query);
+      multiply_others<T, D, kRowTiles, kChunk>(s, k_rows, q_tile, places, places_trans,
+                                              query);
       if constexpr (kDk) {
-        multiply_others<T, D, kRowTiles, kChunk>(dp, v_rows, do_tile, places_trans, query);
+        multiply_others<T, D, kRowTiles, kChunk>(dp, v_rows, do_tile, places,
+                                                places_trans, query);
       }
       probabilities_and_gradients<decltype(masked)::value, kDropout, kDk>(
-          s, dp, ring_stats + i % 2 * kQueries + query, p, sequence.diagonal, launched.scale_log2,
-          seed, start + query, first_key + row, first_head + head, place.batch);
+          s, dp, ring_stats + i % kTile.stages * kQueries + query, p, sequence.diagonal, launched.scale_log2,
+          seed, block.start + query, first_key + row,
+          first_head + block.head, place.batch);
       if constexpr (kDv) add_product<T, D, kRowTiles, kChunk>(dv, s, do_tile, places, query);
       if constexpr (kDk) add_product<T, D, kRowTiles, kChunk>(dk, dp, q_tile, places, query);
     }
-    store_stats(i + 1, next);
+    store_stats(i + kTile.stages - 1, next);
   };
-  const int cut = queries.cut();
 #pragma unroll 1
   for (int i = 0; i < cut; i++) add(i, std::true_type());
 #pragma unroll 1
@@ -263,8 +254,8 @@ __global__ void __launch_bounds__(dkv_tile(D).threads(), dkv_tile(D).blocks)
 template <typename T, int D, bool kDropout, bool kDk, bool kDv>
 cudaError_t launch_attention_dkv_pass(const AttentionBackwardParams& backward,
                                       cudaStream_t stream) {
-  constexpr BackwardTile kTile = dkv_tile(D);
-  constexpr size_t kShared = kTile.shared_bytes(D) + 2 * kTile.others * sizeof(QueryStats);
+  constexpr BackwardTile kTile = dkv_tile(D, kDropout);
+  constexpr size_t kShared = kTile.shared_bytes(D) + kTile.stages * kTile.others * sizeof(QueryStats);
   const AttentionParams& p = backward.forward;
   const int64_t heads = int64_t{p.batch} * p.nheads_k;
   const int tiles = ceil_div(p.seqlen_k, kTile.rows());

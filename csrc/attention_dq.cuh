@@ -14,10 +14,12 @@ namespace fastlm {
 // and what is kept of q or do row_tiles * headdim / 4 each. With 32 queries a warp, fragments of k
 // and v feed four products each; from head dim 96 on registers hold 16, and q and do kept there
 // leave shared memory's bandwidth to k and v. At 256 only q fits.
-__host__ __device__ constexpr BackwardTile dq_tile(int headdim) {
-  if (headdim <= 64) return {2, 4, 64, 32, true, true, 2};
-  if (headdim <= 128) return {1, 8, 64, 32, true, true, 1};
-  return {1, 8, 32, 32, true, false, 1};
+__host__ __device__ constexpr BackwardTile dq_tile(int headdim, bool dropout) {
+  const int chunk = dropout || headdim > 128 ? 16 : 32;
+  if (headdim <= 64) return {2, 4, 32, 4, chunk, true, true, 2};
+  if (headdim <= 96) return {1, 8, 64, 2, chunk, true, true, 1};
+  if (headdim <= 128) return {1, 8, 32, 4, chunk, true, true, 1};
+  return {1, 8, 32, 2, chunk, true, false, 1};
 }
 
 // Philox's words for a 16x8 tile of queries and keys, as `drop` of the forward has them.
@@ -98,9 +100,9 @@ struct DqLaunch {
 };
 
 template <typename T, int D, bool kDropout>
-__global__ void __launch_bounds__(dq_tile(D).threads(), dq_tile(D).blocks)
+__global__ void __launch_bounds__(dq_tile(D, kDropout).threads(), dq_tile(D, kDropout).blocks)
     attention_dq_kernel(const AttentionBackwardParams backward, const DqLaunch launched) {
-  constexpr BackwardTile kTile = dq_tile(D);
+  constexpr BackwardTile kTile = dq_tile(D, kDropout);
   constexpr int kRows = kTile.rows(), kRowTiles = kTile.row_tiles, kThreads = kTile.threads();
   constexpr int kKeys = kTile.others, kChunk = kTile.chunk;
   const AttentionParams& p = backward.forward;
@@ -114,14 +116,17 @@ __global__ void __launch_bounds__(dq_tile(D).threads(), dq_tile(D).blocks)
   const T* v = row_0<T>(p.v, place.batch, sequence.first_k, place.head_k);
 
   T* ring = shared_memory<T>() + (2 - kTile.kept()) * kRows * D;
-  // Copies block i of k, then of v, into stage i % 2 of the ring.
+  // Copies block i of k, then of v, into the ring; past the last one, an empty group.
   auto copy = [&](int i) {
-    T* stage = ring + i % 2 * (2 * kKeys * D);
-    const int start = blocks.start(i, kKeys);
-    load_tile<T, kKeys, D, kThreads>(stage, k, p.k.stride_m, start, blocks.low, blocks.end,
-                                     p.headdim);
-    load_tile<T, kKeys, D, kThreads>(stage + kKeys * D, v, p.v.stride_m, start, blocks.low,
-                                     blocks.end, p.headdim);
+    if (i < blocks.count()) {
+      T* stage = ring + i % kTile.stages * (2 * kKeys * D);
+      const int start = blocks.start(i, kKeys);
+      load_tile<T, kKeys, D, kThreads>(stage, k, p.k.stride_m, start, blocks.low, blocks.end,
+                                       p.headdim);
+      load_tile<T, kKeys, D, kThreads>(stage + kKeys * D, v, p.v.stride_m, start, blocks.low,
+                                       blocks.end, p.headdim);
+    }
+    copy_async_commit();
   };
 
   T* q_tile = kTile.keep_first ? ring : shared_memory<T>();
@@ -142,25 +147,26 @@ __global__ void __launch_bounds__(dq_tile(D).threads(), dq_tile(D).blocks)
   const OwnRows<T, D, kRowTiles, kTile.keep_first> q_rows(q_tile, row);
   const OwnRows<T, D, kRowTiles, kTile.keep_second> do_rows(do_tile, row);
   sync_block();
-  if (blocks.count > 0) copy(0);
-  copy_async_commit();
+#pragma unroll
+  for (int i = 0; i < kTile.stages - 1; i++) copy(i);
 
   const LanePlaces<D> places = lane_places<D>(0), places_trans = lane_places_trans<D>(0);
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
   float dq[kRowTiles][D / 8][4] = {};
   auto add = [&](int i, auto masked) {
-    copy_async_wait<0>();
+    copy_async_wait<kTile.stages - 2>();
     sync_block();  // block i is there, and nobody reads block i - 1
-    if (i + 1 < blocks.count) copy(i + 1);
-    copy_async_commit();
-    const T* k_tile = ring + i % 2 * (2 * kKeys * D);
+    copy(i + kTile.stages - 1);
+    const T* k_tile = ring + i % kTile.stages * (2 * kKeys * D);
     const T* v_tile = k_tile + kKeys * D;
     const int start = blocks.start(i, kKeys);
 #pragma unroll 1
     for (int key = 0; key < kKeys; key += kChunk) {
       float s[kRowTiles][kChunk / 8][4], dp[kRowTiles][kChunk / 8][4];
-      multiply_others<T, D, kRowTiles, kChunk>(s, q_rows, k_tile, places_trans, key);
-      multiply_others<T, D, kRowTiles, kChunk>(dp, do_rows, v_tile, places_trans, key);
+      multiply_others<T, D, kRowTiles, kChunk>(s, q_rows, k_tile, places, places_trans,
+                                              key);
+      multiply_others<T, D, kRowTiles, kChunk>(dp, do_rows, v_tile, places, places_trans,
+                                              key);
       score_gradients<decltype(masked)::value, kDropout>(s, dp, rows, p, sequence,
                                                          launched.scale_log2, seed, start + key,
                                                          first_row + row, place);
@@ -170,7 +176,7 @@ __global__ void __launch_bounds__(dq_tile(D).threads(), dq_tile(D).blocks)
 #pragma unroll 1
   for (int i = 0; i < blocks.cut; i++) add(i, std::true_type());
 #pragma unroll 1
-  for (int i = blocks.cut; i < blocks.count; i++) add(i, std::false_type());
+  for (int i = blocks.cut; i < blocks.count(); i++) add(i, std::false_type());
 
   copy_async_wait<0>();
   sync_block();
@@ -182,7 +188,7 @@ __global__ void __launch_bounds__(dq_tile(D).threads(), dq_tile(D).blocks)
 
 template <typename T, int D, bool kDropout>
 cudaError_t launch_attention_dq(const AttentionBackwardParams& backward, cudaStream_t stream) {
-  constexpr BackwardTile kTile = dq_tile(D);
+  constexpr BackwardTile kTile = dq_tile(D, kDropout);
   const AttentionParams& p = backward.forward;
   const int64_t heads = int64_t{p.batch} * p.nheads;
   const int tiles = ceil_div(p.seqlen_q, kTile.rows());
