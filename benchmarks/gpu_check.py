@@ -30,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
+BUILD = [sys.executable, str(ROOT / "csrc" / "build.py")]  # into this checkout's fastlm/
 SANITIZERS = ("memcheck", "racecheck")
 FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 
@@ -137,20 +138,28 @@ def machine() -> dict[str, str]:
     }
 
 
+def _calls(impl: str, device: str):
+    """(a function that makes a tensor, one that makes a call and its backward pass)."""
+    import torch
+
+    def t(*shape, dtype=torch.float16):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def both(fn, *args, **options):
+        out = fn(*args, impl=impl, **options)
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+    return t, both
+
+
 def smallest(device: str = "cuda") -> None:
     """One small call of every Triton kernel, forward and backward; odd sizes meet every mask."""
     import torch
 
     import fastlm
 
-    def t(*shape, dtype=torch.float16):
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-    def both(fn, *args, **options):
-        out = fn(*args, impl="triton", **options)
-        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-
+    t, both = _calls("triton", device)
     for cols in (33, 8200):
         block = {"residual": t(3, cols), "dropout_p": 0.5, "seed": 1, "prenorm": True}
         both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
@@ -178,6 +187,29 @@ def smallest(device: str = "cuda") -> None:
     both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
 
 
+def smallest_cuda(device: str = "cuda") -> None:
+    """The same for the CUDA C++ kernels."""
+    import torch
+
+    import fastlm
+
+    t, both = _calls("cuda", device)
+    for cols in (33, 64, 8200, 70000):
+        block = {"residual": t(3, cols), "dropout_p": 0.5, "seed": 1, "prenorm": True}
+        both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
+        both(fastlm.rms_norm, t(3, cols), t(cols), casting="gemma")
+    for cols in (33, 64):
+        both(fastlm.bias_act, t(3, cols), t(cols), activation="gelu", dropout_p=0.5, seed=1)
+        both(fastlm.glu, t(3, cols), t(3, cols))
+    for headdim in (32, 64, 96, 128, 256):
+        q, k, v = t(1, 19, 2, headdim), t(1, 70, 1, headdim), t(1, 70, 1, headdim)
+        both(fastlm.attention, q, k, v, causal=True)
+        options = {"dropout_p": 0.5, "seed": 1, "window": (30, 20)}
+        both(fastlm.attention, q, k, v, **options)
+    cu_q, cu_k = (torch.tensor(x, device=device) for x in ([0, 0, 19], [0, 5, 70]))
+    both(fastlm.attention_varlen, q[0], k[0], v[0], cu_q.int(), cu_k.int(), 19, 65, **options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -192,9 +224,13 @@ def main() -> int:
     if problems:
         return 2
     if options.smallest:
-        smallest()
         import torch
 
+        from fastlm import cuda_library
+
+        smallest()
+        if cuda_library.unavailable() is None:
+            smallest_cuda()
         torch.cuda.synchronize()
         return 0
     options.out.mkdir(parents=True, exist_ok=True)

@@ -53,4 +53,10 @@ cudaError_t attention_bwd_dkv(const AttentionBackwardParams& params, cudaStream_
 template <int D>
 cudaError_t attention_fwd_of(const AttentionParams& params, cudaStream_t stream);
 
+// The same for dq, and for dk and dv.
+template <int D>
+cudaError_t attention_dq_of(const AttentionBackwardParams& params, cudaStream_t stream);
+template <int D>
+cudaError_t attention_dkv_of(const AttentionBackwardParams& params, cudaStream_t stream);
+
 }  // namespace fastlm

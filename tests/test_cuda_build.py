@@ -17,6 +17,7 @@ from cuda_gate import Row, broken_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 UPDATE = "python -P tests/support/cuda_gate.py --update"
+# What libtorch 2.10 exports of the stable ABI: nm -D of libtorch_cpu.so, and one of libtorch_cuda.so.
 SYMBOLS = ROOT / "tests" / "golden" / "torch_2_10_symbols.txt"
 builder = cuda_gate.builder()
 

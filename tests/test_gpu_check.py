@@ -41,15 +41,17 @@ def test_every_missing_package_is_named_with_a_remedy(gpu_check):
     assert all(": " in problem for problem in problems)
 
 
-def test_steps_begin_with_conformance(gpu_check, tmp_path):
+def test_steps_begin_with_the_build_and_conformance(gpu_check, tmp_path):
     steps = gpu_check.steps(tmp_path, quick=True)
-    assert [s.name for s in steps] == ["conformance", "gpu", "memcheck", "bench"]
-    files = [Path(word).name for word in steps[0].command if word.endswith(".py")]
+    names = ["build", "wrappers", "conformance", "gpu", "memcheck", "racecheck", "bench"]
+    assert [s.name for s in steps] == names
+    assert Path(steps[0].command[-1]).is_file() and Path(steps[1].command[-1]).is_file()
+    files = [Path(word).name for word in steps[2].command if word.endswith(".py")]
     assert {"test_norm.py", "test_attention.py", "test_ffn.py", "test_loss.py"} <= set(files)
 
 
 def test_every_benchmark_is_a_script(gpu_check, tmp_path):
-    scripts = {Path(s.command[1]) for s in gpu_check.steps(tmp_path, quick=False)[3:]}
+    scripts = {Path(s.command[1]) for s in gpu_check.steps(tmp_path, quick=False)[6:]}
     assert ROOT / "benchmarks" / "attention.py" in scripts
     assert len(scripts) >= 4 and all(script.is_file() for script in scripts)
 
@@ -94,3 +96,15 @@ def test_smallest_launches_every_kernel(gpu_check, device):
             cls.run = run
     sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
     assert launched == set(re.findall(r"^def _(\w+_kernel)\(", sources, re.MULTILINE))
+
+
+@pytest.mark.interpreter
+def test_smallest_launches_every_cuda_kernel(gpu_check, device):
+    import simt_build
+
+    simt_build.configure()
+    sources = [f for end in ("*.cu", "*.cuh") for f in (ROOT / "csrc").rglob(end)]
+    names = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(")
+    torch.manual_seed(0)
+    gpu_check.smallest_cuda(device)
+    assert simt_build.launched() >= {n for f in sources for n in names.findall(f.read_text())}

@@ -50,6 +50,7 @@ def pairs(library, name, *mode):
 def test_kernels_without_bugs_pass(controls, mode):
     assert pipeline(controls, "pipeline", *mode) == (None, True)
     assert pairs(controls, "pairs", *mode) == (None, True)
+    assert pairs(controls, "warps", *mode) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -70,26 +71,50 @@ def test_both_copy_modes_are_needed(controls):
     assert ("late", "lockstep") not in wrong
 
 
-@pytest.mark.parametrize(
-    ("bug", "message"),
-    [
-        ("kDivergentBarrier", "a thread ended while others wait at a block's barrier"),
-        ("kExitBeforeBarrier", "a thread ended"),
-        ("kDifferentShuffles", "lanes of a warp meet at different collectives"),
-        ("kHalfWarpShuffle", "deadlock: a barrier that not all threads reach"),
-        ("kMisalignedCopy", "asynchronous copy from an address that is not aligned to 16 bytes"),
-        ("kMisalignedLoad", "16-byte load from an address that is not aligned to 16 bytes"),
-        ("kCopyNotWaitedFor", "a thread ended with asynchronous copies that it did not wait for"),
-    ],
+def test_a_warp_is_not_in_step(controls):
+    """Lanes that do not wait for each other run in any order."""
+    right = [pairs(controls, "kMissingWarpBarrier", *mode)[1] for mode in simt_build.MODES]
+    assert not any(right)
+
+
+_ENDED = (
+    "a thread ended while others wait at a barrier of the block"
+    "|some threads of the block do not reach the barrier that others wait at"
 )
+_NOT_REACHED = "some lanes of the warp do not reach the collective that others wait at"
+MISUSES = {  # each with what is said; who comes first depends on the mode
+    "kSkippedBarrier": _ENDED,
+    "kExitBeforeBarrier": _ENDED,
+    "kTwoBarriers": "lanes of a warp meet at different places, two calls of sync_block",
+    "kDifferentShuffles": "lanes of a warp meet at different places, two calls of shuffle",
+    "kDifferentCollectives": "lanes of a warp meet at different places, "
+    "(shuffle and sync_warp|sync_warp and shuffle)",
+    "kExitBeforeShuffle": _NOT_REACHED,
+    "kHalfWarpShuffle": _NOT_REACHED,
+    "kMisalignedCopy": "asynchronous copy from an address that is not aligned to 16 bytes",
+    "kMisalignedLoad": "16-byte load from an address that is not aligned to 16 bytes",
+    "kMisalignedStore": "16-byte store to an address that is not aligned to 16 bytes",
+    "kMisalignedMatrix": "ldmatrix of a row that is not aligned to 16 bytes",
+    "kCopyOutOfBounds": "asynchronous copy to what is not the block's shared memory",
+    "kMatrixOutOfBounds": "ldmatrix of a row that is not in the block's shared memory",
+    "kCopyNotWaitedFor": "a thread ended with asynchronous copies that it did not wait for",
+}
+
+
 @pytest.mark.parametrize("mode", simt_build.MODES, ids="-".join)
-def test_misuse_fails_the_launch_in_every_mode(controls, bug, message, mode):
+@pytest.mark.parametrize("bug", MISUSES)
+def test_misuse_fails_the_launch_in_every_mode(controls, bug, mode):
     failure, _ = pairs(controls, bug, *mode)
-    if bug in ("kDivergentBarrier", "kExitBeforeBarrier"):  # who comes first depends on the order
-        message = "a thread ended"
-    assert failure is not None and failure.startswith(message), failure
-    assert "(block 0,0,0, thread " in failure
+    assert failure is not None
+    assert re.match(rf"({MISUSES[bug]}) \(block 0,0,0, thread \d+\)", failure), failure
     assert pairs(controls, "pairs", *mode) == (None, True), "a failure leaves no trace"
+
+
+def test_a_deadlock_says_who_is_where(controls):
+    failure, _ = pairs(controls, "kHalfWarpShuffle")
+    assert failure.endswith(
+        "; from thread 0: shuffle, from 16: ended, from 32: shuffle, from 48: ended"
+    )
 
 
 def test_blocks_have_no_order(controls):
@@ -129,26 +154,30 @@ out = (ctypes.c_float * 64)()
 malloc = ctypes.CDLL(None).malloc
 malloc.restype = ctypes.c_void_p
 x = ctypes.c_void_p(malloc(256))
-sys.exit(getattr(library, "control_" + sys.argv[2])(x, out, int(sys.argv[3])))
+for name in sys.argv[3:]:
+    status = getattr(library, "control_" + name)(x, out, int(sys.argv[2]))
+sys.exit(status)
 """
 
 
-def _sanitized(*arguments) -> subprocess.CompletedProcess:
+def _sanitized(n: int, *names: str) -> subprocess.CompletedProcess:
+    """Runs kernels of controls.cu one after the other, on malloc's memory."""
     library = simt_build.build((CONTROLS,), sanitized=True)
-    command = [sys.executable, "-P", "-c", SCRIPT, str(library), *arguments]
+    command = [sys.executable, "-P", "-c", SCRIPT, str(library), str(n), *names]
     environment = simt_build.sanitized_environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("bug", SANITIZED)
 def test_sanitizers_catch(bug):
-    result = _sanitized(bug, "3" if bug == "kInt32Overflow" else "64")
+    result = _sanitized(3 if bug == "kInt32Overflow" else 64, bug)
     assert result.returncode != 0 and SANITIZED[bug] in result.stderr, result.stderr[-3000:]
     assert "controls.cu" in result.stderr, "the report names the kernel's line"
 
 
 def test_sanitizers_pass_what_is_right():
-    result = _sanitized("pairs", "64")
+    """After a failed launch too: fibers that nobody resumes leave red zones on their stacks."""
+    result = _sanitized(64, "pairs", *MISUSES, "pairs", "warps")
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -18,7 +18,7 @@ namespace fastlm {
 // Four 8x8 matrices of 16-bit numbers from shared memory. Lane l gives the address of row l % 8 of
 // matrix l / 8 (16 bytes, aligned) and gets, of each matrix, the word at row l / 4, columns
 // 2 (l % 4) and on.
-__device__ inline void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
 #ifdef FASTLM_SIMT
   simt::load_matrix(r, row, false);
 #else
@@ -30,7 +30,7 @@ __device__ inline void load_matrix_x4(uint32_t (&r)[4], const void* row) {
 }
 
 // The same, each matrix transposed.
-__device__ inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) {
 #ifdef FASTLM_SIMT
   simt::load_matrix(r, row, true);
 #else
@@ -43,8 +43,8 @@ __device__ inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) {
 
 // d += a b for a 16x16, b 16x8 of T (__half or __nv_bfloat16), d 16x8 in fp32.
 template <typename T>
-__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             uint32_t b0, uint32_t b1) {
 #ifdef FASTLM_SIMT
   simt::mma_m16n8k16(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
 #else

@@ -1,5 +1,8 @@
 // The compiler of the day: nvcc for a GPU, or g++ for the host build of tests/simt, which runs the
 // same kernels with one fiber for each CUDA thread. Nothing outside of arch/ asks which one it is.
+//
+// What the lanes of a warp do together is forced inline: the host build tells by the place of a call
+// whether lanes are at the same one.
 #pragma once
 
 #ifdef FASTLM_SIMT

@@ -11,7 +11,7 @@ __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; 
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 // The value of the lane whose number differs in the bits of `mask`. All 32 lanes take part.
-__device__ inline float shuffle_xor(float x, int mask) {
+__device__ __forceinline__ float shuffle_xor(float x, int mask) {
 #ifdef FASTLM_SIMT
   return simt::shuffle(x, simt::lane() ^ mask);
 #else
@@ -20,7 +20,7 @@ __device__ inline float shuffle_xor(float x, int mask) {
 }
 
 // The value of lane `lane`. All 32 lanes take part.
-__device__ inline float shuffle(float x, int lane) {
+__device__ __forceinline__ float shuffle(float x, int lane) {
 #ifdef FASTLM_SIMT
   return simt::shuffle(x, lane);
 #else
@@ -28,7 +28,7 @@ __device__ inline float shuffle(float x, int lane) {
 #endif
 }
 
-__device__ inline uint32_t shuffle_xor(uint32_t x, int mask) {
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t x, int mask) {
 #ifdef FASTLM_SIMT
   return simt::shuffle(x, simt::lane() ^ mask);
 #else
@@ -37,7 +37,7 @@ __device__ inline uint32_t shuffle_xor(uint32_t x, int mask) {
 }
 
 // Waits for all threads of the block, and shows each what the others wrote.
-__device__ inline void sync_block() {
+__device__ __forceinline__ void sync_block() {
 #ifdef FASTLM_SIMT
   simt::sync_block();
 #else
@@ -46,7 +46,7 @@ __device__ inline void sync_block() {
 }
 
 // The same for the 32 lanes of a warp.
-__device__ inline void sync_warp() {
+__device__ __forceinline__ void sync_warp() {
 #ifdef FASTLM_SIMT
   simt::sync_warp();
 #else
@@ -54,13 +54,13 @@ __device__ inline void sync_warp() {
 #endif
 }
 
-__device__ inline float warp_sum(float x) {
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
-__device__ inline float warp_max(float x) {
+__device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
   return x;

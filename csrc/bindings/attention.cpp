@@ -2,6 +2,8 @@
 // Masks, biases, slopes, sinks and softcap are refused in Python.
 #include "../attention.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <limits>
 #include <tuple>

@@ -6,14 +6,17 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../dtype.h"
@@ -49,12 +52,27 @@ inline Dtype dtype_of(ScalarType type) {
 inline void* data_of(const Tensor& x) { return x.data_ptr(); }
 inline void* data_of(const MaybeTensor& x) { return x.has_value() ? x->data_ptr() : nullptr; }
 
-// A new tensor on the device of `like`; without a dtype, an empty one, for what is not wanted.
+// A new contiguous tensor on the device of `like`; without a dtype, an empty one, for what is not
+// wanted. Not by torch::stable::new_empty, which goes through the dispatcher.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
                         std::optional<ScalarType> dtype) {
-  const std::vector<int64_t> nothing{0}, wanted(shape);
-  return torch::stable::new_empty(like, dtype.has_value() ? wanted : nothing,
-                                  dtype.value_or(ScalarType::Float));
+  std::vector<int64_t> sizes(shape);
+  if (!dtype.has_value()) sizes = {0};
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+    strides[i] = stride;
+  }
+  using torch::stable::detail::from, torch::stable::detail::to;
+  const auto code = to<int32_t>(from(dtype.value_or(ScalarType::Float)));
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), code, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
 }
 
 // nullptr for what `new_empty` made of no dtype, and for other tensors without elements.
@@ -92,6 +110,52 @@ inline void check(cudaError_t error, const char* op) {
 #else
   throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 #endif
+}
+
+// An argument from torch's stack. TORCH_BOX would do, but for strings: torch's own conversion (up to
+// 2.13 at least) leaks one a call.
+template <typename T>
+T argument(StableIValue value) {
+  if constexpr (std::is_same_v<T, std::string>) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    const char* text = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    std::string copy(text, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return copy;
+  } else {
+    return torch::stable::detail::to<T>(value);
+  }
+}
+
+template <typename Result, typename... Args, size_t... I>
+void call_boxed(Result (*op)(Args...), StableIValue* stack, std::index_sequence<I...>) {
+  std::tuple<std::decay_t<Args>...> args{argument<std::decay_t<Args>>(stack[I])...};
+  if constexpr (std::is_same_v<Result, Tensor>) {
+    stack[0] = torch::stable::detail::from(std::apply(op, args));
+  } else {
+    const auto push = [stack](const auto&... tensor) {
+      StableIValue* next = stack;
+      ((*next++ = torch::stable::detail::from(tensor)), ...);
+    };
+    std::apply(push, std::apply(op, args));
+  }
+}
+
+template <typename Result, typename... Args>
+constexpr size_t arguments_of(Result (*)(Args...)) {
+  return sizeof...(Args);
+}
+
+// What torch calls for operator Op, a function that returns a tensor or a tuple of tensors:
+// m.impl("norm_fwd", boxed<norm_fwd>).
+template <auto Op>
+void boxed(StableIValue* stack, uint64_t inputs, uint64_t) {
+  constexpr size_t expected = arguments_of(Op);
+  if (inputs != expected) throw std::runtime_error("fastlm_cuda: not the schema of this library");
+  call_boxed(Op, stack, std::make_index_sequence<expected>());
 }
 
 // The dropout of a call as kernels take it; fastlm/reference/dropout.py has the definition.

@@ -1,6 +1,7 @@
 // Kernels with seeded bugs, each beside the same kernel without it: what tests/test_simt.py wants
 // the host build to catch.
 #include "arch/copy.cuh"
+#include "arch/mma.cuh"
 #include "arch/warp.cuh"
 
 namespace fastlm {
@@ -11,12 +12,20 @@ enum Bug {
   kMissingWait,
   kMissingBarrierAfterWait,
   kMissingBarrierBeforeReuse,
-  kDivergentBarrier,
+  kMissingWarpBarrier,
+  kSkippedBarrier,
+  kTwoBarriers,
   kExitBeforeBarrier,
+  kExitBeforeShuffle,
   kDifferentShuffles,
+  kDifferentCollectives,
   kHalfWarpShuffle,
   kMisalignedCopy,
   kMisalignedLoad,
+  kMisalignedStore,
+  kMisalignedMatrix,
+  kCopyOutOfBounds,
+  kMatrixOutOfBounds,
   kCopyNotWaitedFor,
   kBlocksInOrder,
   kOutOfBounds,
@@ -56,18 +65,46 @@ __global__ void pairs_kernel(const float* x, float* out, int n) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   if (bug == kExitBeforeBarrier && thread == 5) return;
   shared[thread + (bug == kOutOfBoundsShared && thread == 63 ? 1 : 0)] = x[thread];
-  if (bug != kDivergentBarrier || thread < 32) sync_block();
+  if (bug == kTwoBarriers && lane < 16) {
+    sync_block();
+  } else if (bug != kSkippedBarrier || thread < 32) {
+    sync_block();
+  }
+  if (bug == kExitBeforeShuffle && thread == 37) return;
   float y = shared[thread];
   if (bug == kDifferentShuffles && lane < 16) {
     y += shuffle_xor(y, 1);
+  } else if (bug == kDifferentCollectives && lane == 3) {
+    sync_warp();
   } else if (bug != kHalfWarpShuffle || lane < 16) {
     y = shuffle_xor(y, 1) + y;
   }
+  uint32_t r[4];
   if (bug == kCopyNotWaitedFor) copy_async_16(shared, x, true);
   if (bug == kMisalignedCopy) copy_async_16(shared, x + 1, true);
+  if (bug == kCopyOutOfBounds) copy_async_16(shared + n, x, true);
   if (bug == kMisalignedLoad) y += static_cast<float>(load_16_once(x + 1).x);
+  if (bug == kMisalignedStore) store_16_once(out + 1, uint4{});
+  if (bug == kMisalignedMatrix) load_matrix_x4(r, shared + 2);
+  if (bug == kMatrixOutOfBounds) load_matrix_x4_trans(r, shared + n);
   if (bug == kOutOfBounds && thread == 63) y += x[n];
   out[thread] = y;
+}
+
+// The same again, through shared memory with the barriers of a warp, not all at one place.
+template <Bug bug>
+__global__ void warps_kernel(const float* x, float* out) {
+  auto* shared = shared_memory<float>();
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = x[thread];
+  if (bug != kMissingWarpBarrier) {
+    if (thread % 2 == 0) {
+      sync_warp();
+    } else {
+      sync_warp();
+    }
+  }
+  out[thread] = shared[thread] + shared[thread ^ 1];
 }
 
 // out[block] = 1 + out[block - 1].
@@ -94,6 +131,8 @@ cudaError_t run(const float* x, float* out, int n) {
     case kMissingBarrierAfterWait:
     case kMissingBarrierBeforeReuse:
       return launch(pipeline_kernel<bug>, dim3(1), kThreads, 2 * kTile * 4, nullptr, x, out, n);
+    case kMissingWarpBarrier:
+      return launch(warps_kernel<bug>, dim3(1), kThreads, kThreads * 4, nullptr, x, out);
     case kBlocksInOrder: return launch(chain_kernel, dim3(n), 32, 0, nullptr, out);
     case kInt32Overflow:
       return launch(rows_kernel<bug>, dim3(1), 1, 0, nullptr, reinterpret_cast<const char*>(x),
@@ -118,22 +157,37 @@ EXPORT int control_pairs(const float* x, float* out, int n) {
   return launch(pairs_kernel<kNone>, dim3(1), kThreads, kThreads * 4, nullptr, x, out, n);
 }
 
+EXPORT int control_warps(const float* x, float* out, int) {
+  using namespace fastlm;
+  return launch(warps_kernel<kNone>, dim3(1), kThreads, kThreads * 4, nullptr, x, out);
+}
+
 EXPORT int control_rows(const char* x, float* out, int n) {
   using namespace fastlm;
   return launch(rows_kernel<kNone>, dim3(1), 1, 0, nullptr, x, out, n, 1 << 30);
 }
 
-#define CONTROL(bug) \
-  EXPORT int control_##bug(const float* x, float* out, int n) { return fastlm::run<fastlm::bug>(x, out, n); }
+#define CONTROL(bug)                                             \
+  EXPORT int control_##bug(const float* x, float* out, int n) { \
+    return fastlm::run<fastlm::bug>(x, out, n);                 \
+  }
 CONTROL(kMissingWait)
 CONTROL(kMissingBarrierAfterWait)
 CONTROL(kMissingBarrierBeforeReuse)
-CONTROL(kDivergentBarrier)
+CONTROL(kMissingWarpBarrier)
+CONTROL(kSkippedBarrier)
+CONTROL(kTwoBarriers)
 CONTROL(kExitBeforeBarrier)
+CONTROL(kExitBeforeShuffle)
 CONTROL(kDifferentShuffles)
+CONTROL(kDifferentCollectives)
 CONTROL(kHalfWarpShuffle)
 CONTROL(kMisalignedCopy)
 CONTROL(kMisalignedLoad)
+CONTROL(kMisalignedStore)
+CONTROL(kMisalignedMatrix)
+CONTROL(kCopyOutOfBounds)
+CONTROL(kMatrixOutOfBounds)
 CONTROL(kCopyNotWaitedFor)
 CONTROL(kBlocksInOrder)
 CONTROL(kOutOfBounds)

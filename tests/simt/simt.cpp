@@ -1,15 +1,11 @@
-// The scheduler of tests/simt/simt.h: fibers, barriers, warps, copies.
+// The scheduler of tests/simt/simt.h: blocks, warps, barriers, copies.
 #include "simt.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <dlfcn.h>
-#include <sys/mman.h>
 
-#include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <set>
@@ -17,24 +13,17 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "fiber.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace simt {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;  // reserved; only touched pages are used
-constexpr size_t kGuardBytes = 4 << 10;
-constexpr int kWarp = 32;
+constexpr size_t kMaxShared = 227 * 1024;
 
 enum class Schedule { kLockstep, kFirstWarp, kLastWarp, kRandom };
-enum class State { kRunnable, kAtBlock, kAtWarp, kDone };
+enum class State { kRunnable, kWaiting, kDone };
 
 struct Copy {
   void* shared;
@@ -46,65 +35,15 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// --- fibers
-
-#if defined(__x86_64__)
-extern "C" void simt_switch(void** save, void* load);
-asm(R"(.text
-.globl simt_switch
-.hidden simt_switch
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, . - simt_switch
-)");
-
-struct Context {
-  void* sp = nullptr;
-  void prepare(char* stack, void (*entry)()) {
-    auto** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
-    top[0] = reinterpret_cast<void*>(entry);
-    top[1] = nullptr;  // the return address of `entry`, which never returns; ends backtraces
-    std::fill(top - 6, top, nullptr);
-    sp = top - 6;
-  }
-  static void swap(Context& from, Context& to) { simt_switch(&from.sp, to.sp); }
-};
-#else
-struct Context {
-  ucontext_t context;
-  void prepare(char* stack, void (*entry)()) {
-    getcontext(&context);
-    context.uc_stack = {stack, 0, kStackBytes};
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
-  }
-  static void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
-#endif
-
 struct Thread {
-  Context context;
-  char* stack = nullptr;  // above a guard page
+  Fiber fiber;
   State state = State::kRunnable;
   uint3 index{};
+  // What it waits at, or waited at last, and where in the kernel.
+  Collective what = Collective::kSyncBlock;
+  const void* site = nullptr;
   Exchange exchanges[2];  // of this collective and of the next, which another lane may be in
   int collectives = 0;
-  const void* site = nullptr;
   std::vector<Copy> open;                 // not yet in a group
   std::vector<std::vector<Copy>> groups;  // oldest first
 };
@@ -114,8 +53,7 @@ struct Warp {
   int waiting = 0, lanes = 0;
 };
 
-// --- one launch at a time, of one host thread
-
+// One launch at a time, of one host thread.
 struct Machine {
   bool copies_early = false;
   Schedule schedule = Schedule::kLockstep;
@@ -123,6 +61,7 @@ struct Machine {
   std::string failure;
   std::set<const void*> launched;
 
+  std::mutex mutex;
   std::vector<Thread> threads;  // grows, never shrinks: stacks are kept
   std::vector<Warp> warps;
   int count = 0, done = 0, at_block = 0, current = 0, last_warp = 0;
@@ -130,12 +69,8 @@ struct Machine {
   dim3 grid, block;
   uint3 block_index{};
   const std::function<void()>* body = nullptr;
-  void* shared = nullptr;
-  Context scheduler;
-#if defined(__SANITIZE_ADDRESS__)
-  const void* main_stack = nullptr;
-  size_t main_stack_bytes = 0;
-#endif
+  char* shared = nullptr;
+  size_t shared_bytes = 0;
 };
 
 Machine machine;
@@ -143,31 +78,7 @@ Machine machine;
 Thread& self() { return machine.threads[machine.current]; }
 Warp& warp_of(int thread) { return machine.warps[thread / kWarp]; }
 
-void to_scheduler() {
-  Thread& thread = self();
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(thread.state == State::kDone ? nullptr : &fake,
-                                 machine.main_stack, machine.main_stack_bytes);
-  Context::swap(thread.context, machine.scheduler);
-  __sanitizer_finish_switch_fiber(fake, &machine.main_stack, &machine.main_stack_bytes);
-#else
-  Context::swap(thread.context, machine.scheduler);
-#endif
-}
-
-void to_thread(int index) {
-  machine.current = index;
-  Thread& thread = machine.threads[index];
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, thread.stack, kStackBytes);
-  Context::swap(machine.scheduler, thread.context);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  Context::swap(machine.scheduler, thread.context);
-#endif
-}
+// --- messages
 
 std::string place(int thread) {
   const uint3& b = machine.block_index;
@@ -175,42 +86,93 @@ std::string place(int thread) {
          ", thread " + std::to_string(thread) + ")";
 }
 
-// What waits, so that the reader of a deadlock sees who is where.
-std::string waiting() {
+const char* name(Collective what) {
+  switch (what) {
+    case Collective::kSyncBlock: return "sync_block";
+    case Collective::kSyncWarp: return "sync_warp";
+    case Collective::kShuffle: return "shuffle";
+    case Collective::kLoadMatrix: return "load_matrix";
+    case Collective::kMma: return "mma";
+  }
+  return "?";
+}
+
+const char* name(const Thread& thread) {
+  return thread.state == State::kDone ? "ended" : name(thread.what);
+}
+
+// Who is where: the first threads of the first runs of threads that are at the same.
+std::string everybody() {
   std::string text;
+  int runs = 0;
   for (int i = 0; i < machine.count; i++) {
-    const State state = machine.threads[i].state;
-    if (i > 0 && state == machine.threads[i - 1].state) continue;
-    const char* what = state == State::kAtBlock  ? "at a block's barrier"
-                       : state == State::kAtWarp ? "at a warp's collective"
-                                                 : "done";
-    text += (text.empty() ? "; from thread " : ", from ") + std::to_string(i) + " " + what;
+    if (i > 0 && name(machine.threads[i]) == name(machine.threads[i - 1])) continue;
+    if (++runs > 8) return text + ", ...";
+    text += (i == 0 ? "; from thread 0: " : ", from " + std::to_string(i) + ": ");
+    text += name(machine.threads[i]);
   }
   return text;
 }
 
-void release_block() {
+void fail_launch(const std::string& message) {
+  machine.failure = message;
+  machine.failed = true;
+}
+
+cudaError_t refuse(cudaError_t error, const char* message) {
+  machine.failure = message;
+  return error;
+}
+
+// No thread can run, and some are not done.
+void fail_deadlock() {
+  int waits = 0;  // a thread that waits for others
+  while (machine.threads[waits].state == State::kDone) waits++;
+  const char* problem = "some threads of the block do not reach the barrier that others wait at";
   for (int i = 0; i < machine.count; i++) {
+    const Thread& thread = machine.threads[i];
+    if (thread.state != State::kWaiting || thread.what == Collective::kSyncBlock) continue;
+    problem = "some lanes of the warp do not reach the collective that others wait at";
+    waits = i;
+    break;
+  }
+  fail_launch(problem + place(waits) + everybody());
+}
+
+// --- waiting
+
+// The running thread waits from here on.
+void wait_at(Collective what, const void* site) {
+  Thread& thread = self();
+  thread.what = what;
+  thread.site = site;
+  thread.state = State::kWaiting;
+  warp_of(machine.current).runnable &= ~(1u << machine.current % kWarp);
+}
+
+void release(int first, int count) {
+  for (int i = first; i < first + count; i++) {
     machine.threads[i].state = State::kRunnable;
     warp_of(i).runnable |= 1u << i % kWarp;
   }
-  machine.at_block = 0;
 }
 
-void release_warp(int first) {
-  Warp& warp = warp_of(first);
-  for (int i = first; i < first + warp.lanes; i++) {
-    machine.threads[i].state = State::kRunnable;
-    warp.runnable |= 1u << i % kWarp;
+// A barrier of the block is one instruction for all the lanes of a warp, and so are collectives,
+// but for the barrier of a warp.
+void require_same_site(int first, int lanes) {
+  const Thread& one = machine.threads[first];
+  for (int i = first + 1; i < first + lanes; i++) {
+    const Thread& other = machine.threads[i];
+    const bool anywhere = one.what == Collective::kSyncWarp;
+    if (other.what == one.what && (anywhere || other.site == one.site)) continue;
+    const std::string where = other.what == one.what
+                                  ? std::string(", two calls of ") + name(one.what)
+                                  : std::string(", ") + name(one.what) + " and " + name(other.what);
+    throw Failure("lanes of a warp meet at different places" + where + place(i));
   }
-  warp.waiting = 0;
 }
 
-void stop(State state) {
-  Thread& thread = self();
-  thread.state = state;
-  warp_of(machine.current).runnable &= ~(1u << machine.current % kWarp);
-}
+// --- copies
 
 void land(const Copy& copy) {
   if (copy.valid) {
@@ -220,45 +182,53 @@ void land(const Copy& copy) {
   }
 }
 
+bool copies_pending(const Thread& thread) {
+  bool pending = !thread.open.empty();
+  for (const auto& group : thread.groups) pending = pending || !group.empty();
+  return pending;
+}
+
+// --- running
+
+// What a fiber does: one thread of the kernel.
 void run_thread() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.main_stack, &machine.main_stack_bytes);
-#endif
+  Fiber::entered();
+  Thread& thread = self();
+  bool returned = true;
   try {
     (*machine.body)();
-    const Thread& thread = self();
-    bool pending = !thread.open.empty();
-    for (const auto& group : thread.groups) pending = pending || !group.empty();
-    if (pending) fail("a thread ended with asynchronous copies that it did not wait for");
-    if (machine.at_block > 0) fail("a thread ended while others wait at a block's barrier");
+    if (copies_pending(thread)) {
+      fail("a thread ended with asynchronous copies that it did not wait for");
+    }
+    if (machine.at_block > 0) fail("a thread ended while others wait at a barrier of the block");
   } catch (const Failure& failure) {
-    machine.failure = failure.what();
-    machine.failed = true;
+    fail_launch(failure.what());
+    returned = false;
   }
-  stop(State::kDone);
+  thread.state = State::kDone;
+  warp_of(machine.current).runnable &= ~(1u << machine.current % kWarp);
   machine.done++;
-  to_scheduler();
+  thread.fiber.end(returned);
   std::abort();  // nobody resumes a thread that is done
 }
 
-void start_block(uint3 index, size_t shared_bytes) {
+void start_block(uint3 index) {
   machine.block_index = index;
   machine.done = machine.at_block = machine.last_warp = 0;
-  if (shared_bytes > 0) std::memset(machine.shared, 0xff, shared_bytes);
+  std::memset(machine.shared, 0xff, machine.shared_bytes);
   machine.warps.assign((machine.count + kWarp - 1) / kWarp, Warp{});
   for (int i = 0; i < machine.count; i++) {
     Thread& thread = machine.threads[i];
-    thread.context.prepare(thread.stack, run_thread);
-    thread.state = State::kRunnable;
+    thread.fiber.start(run_thread);
     const auto n = static_cast<unsigned>(i);
     thread.index = {n % machine.block.x, n / machine.block.x % machine.block.y,
                     n / (machine.block.x * machine.block.y)};
     thread.collectives = 0;
     thread.open.clear();
     thread.groups.clear();
-    warp_of(i).runnable |= 1u << i % kWarp;
     warp_of(i).lanes++;
   }
+  release(0, machine.count);
 }
 
 // The warp that runs next, or -1 where none can.
@@ -278,45 +248,45 @@ int next_warp() {
   return -1;
 }
 
+// Each lane of those that can run now, once: until it waits.
+void run_warp(int warp) {
+  int first = 0, step = 1;
+  if (machine.schedule == Schedule::kLastWarp) first = kWarp - 1, step = kWarp - 1;
+  if (machine.schedule == Schedule::kRandom) {
+    first = static_cast<int>(machine.random() % kWarp);
+    step = static_cast<int>(machine.random() % kWarp) | 1;
+  }
+  const uint32_t runnable = machine.warps[warp].runnable;
+  for (int i = 0; i < kWarp && !machine.failed; i++) {
+    const int lane = (first + i * step) % kWarp;
+    if ((runnable >> lane & 1) == 0) continue;
+    machine.current = warp * kWarp + lane;
+    self().fiber.resume();
+  }
+}
+
 // Runs a block to its end, or until something fails.
-void run_block(uint3 index, size_t shared_bytes) {
-  start_block(index, shared_bytes);
+void run_block(uint3 index) {
+  start_block(index);
   while (machine.done < machine.count && !machine.failed) {
     const int warp = next_warp();
-    if (warp < 0) {
-      const bool ended = machine.at_block + machine.done == machine.count;
-      const char* what = ended ? "a thread ended without the block's barrier that others wait at"
-                               : "deadlock: a barrier that not all threads reach";
-      machine.failure = what + place(0) + waiting();
-      machine.failed = true;
-      return;
-    }
-    const int turn =
-        machine.schedule == Schedule::kRandom ? static_cast<int>(machine.random() % kWarp) : 0;
-    // Each lane of those that could run now, once: until it waits.
-    const uint32_t runnable = machine.warps[warp].runnable;
-    for (int i = 0; i < kWarp && !machine.failed; i++) {
-      const int lane = (i + turn) % kWarp;
-      if (runnable >> lane & 1) to_thread(warp * kWarp + lane);
+    if (warp >= 0) {
+      run_warp(warp);
+    } else {
+      fail_deadlock();
     }
   }
 }
 
-bool reserve_stacks(int count) {
-  while (static_cast<int>(machine.threads.size()) < count) {
-    void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return false;
-    mprotect(memory, kGuardBytes, PROT_NONE);
-    machine.threads.emplace_back();
-    machine.threads.back().stack = static_cast<char*>(memory) + kGuardBytes;
+std::vector<int64_t> block_order(int64_t blocks) {
+  std::vector<int64_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  if (machine.schedule == Schedule::kRandom) {
+    std::shuffle(order.begin(), order.end(), machine.random);
+  } else if (machine.schedule == Schedule::kLastWarp) {
+    std::reverse(order.begin(), order.end());
   }
-  return true;
-}
-
-cudaError_t refuse(cudaError_t error, const char* message) {
-  machine.failure = message;
-  return error;
+  return order;
 }
 
 }  // namespace
@@ -331,8 +301,15 @@ const char* failure() { return machine.failure.c_str(); }
 
 void fail(const char* message) { throw Failure(message + place(machine.current)); }
 
+void require_shared(const void* p, const char* message) {
+  const auto* byte = static_cast<const char*>(p);
+  const auto* end = machine.shared + machine.shared_bytes;
+  if (byte < machine.shared || byte + 16 > end) fail(message);
+}
+
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
   machine.launched.insert(kernel);
   const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -340,74 +317,77 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
       grid.z > 65535) {
     return refuse(cudaErrorInvalidConfiguration, "invalid launch configuration");
   }
-  if (shared_bytes > 227 * 1024) {
+  if (shared_bytes > kMaxShared) {
     return refuse(cudaErrorInvalidValue, "more shared memory than a block can have");
   }
-  machine.count = static_cast<int>(threads);
-  if (!reserve_stacks(machine.count)) return refuse(cudaErrorMemoryAllocation, "no stacks");
-  // Of its exact size, so that the address sanitizer sees its end.
-  if (posix_memalign(&machine.shared, 128, std::max<size_t>(shared_bytes, 1)) != 0) {
-    return refuse(cudaErrorMemoryAllocation, "no shared memory");
+  while (static_cast<int64_t>(machine.threads.size()) < threads) {
+    if (!machine.threads.emplace_back().fiber.reserve()) {
+      machine.threads.pop_back();
+      return refuse(cudaErrorMemoryAllocation, "no memory for stacks");
+    }
   }
-  std::unique_ptr<void, void (*)(void*)> owner(machine.shared, std::free);
+  // Of its exact size, so that the address sanitizer sees its end.
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, std::max<size_t>(shared_bytes, 1)) != 0) {
+    return refuse(cudaErrorMemoryAllocation, "no memory for shared memory");
+  }
+  const std::unique_ptr<void, void (*)(void*)> owner(shared, std::free);
+  machine.shared = static_cast<char*>(shared);
+  machine.shared_bytes = shared_bytes;
+  machine.count = static_cast<int>(threads);
   machine.grid = grid;
   machine.block = block;
   machine.body = &body;
   machine.failed = false;
-  std::vector<int64_t> order(blocks);
-  std::iota(order.begin(), order.end(), 0);
-  if (machine.schedule == Schedule::kRandom) {
-    std::shuffle(order.begin(), order.end(), machine.random);
-  } else if (machine.schedule == Schedule::kLastWarp) {
-    std::reverse(order.begin(), order.end());
-  }
-  for (int64_t i : order) {
+  for (int64_t i : block_order(blocks)) {
     run_block({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-               static_cast<unsigned>(i / grid.x / grid.y)},
-              shared_bytes);
+               static_cast<unsigned>(i / grid.x / grid.y)});
     if (machine.failed) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
 
 void sync_block() {
-  stop(State::kAtBlock);
-  if (++machine.at_block == machine.count) release_block();
-  to_scheduler();
+  wait_at(Collective::kSyncBlock, __builtin_return_address(0));
+  if (++machine.at_block == machine.count) {
+    for (int i = 0; i < machine.count; i += kWarp) require_same_site(i, warp_of(i).lanes);
+    release(0, machine.count);
+    machine.at_block = 0;
+  }
+  self().fiber.pause();
 }
 
 Exchange& exchange() { return self().exchanges[self().collectives % 2]; }
 
-void meet(const void* site, void (*all)(Lanes)) {
+void meet(Collective what, const void* site, void (*all)(Lanes)) {
   Thread& thread = self();
   Warp& warp = warp_of(machine.current);
   if (warp.lanes != kWarp) fail("a collective in a warp of fewer than 32 lanes");
-  thread.site = site;
-  stop(State::kAtWarp);
-  const int first = machine.current / kWarp * kWarp;
+  wait_at(what, site);
   if (++warp.waiting == kWarp) {
+    const int first = machine.current / kWarp * kWarp;
+    require_same_site(first, kWarp);
     Exchange* lanes[kWarp];
     for (int i = 0; i < kWarp; i++) {
       Thread& other = machine.threads[first + i];
-      if (other.site != site) fail("lanes of a warp meet at different collectives");
       lanes[i] = &other.exchanges[other.collectives % 2];
     }
     all(lanes);
-    release_warp(first);
+    release(first, kWarp);
+    warp.waiting = 0;
   }
-  to_scheduler();
+  thread.fiber.pause();
   thread.collectives++;
 }
 
-void sync_warp() { meet(__builtin_return_address(0), [](Lanes) {}); }
-
-void require_aligned(const void* p, const char* message) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail(message);
+void sync_warp() {
+  meet(Collective::kSyncWarp, nullptr, [](Lanes) {});
 }
 
 void copy_async(void* shared, const void* global, bool valid) {
   require_aligned(shared, "asynchronous copy to an address that is not aligned to 16 bytes");
   require_aligned(global, "asynchronous copy from an address that is not aligned to 16 bytes");
+  require_shared(shared, "asynchronous copy to what is not the block's shared memory");
   const Copy copy{shared, global, valid};
   if (machine.copies_early) land(copy);
   self().open.push_back(copy);
@@ -428,66 +408,9 @@ void copy_async_wait(int pending) {
   groups.erase(groups.begin(), groups.begin() + landing);
 }
 
-void load_matrix(uint32_t (&r)[4], const void* row, bool transposed) {
-  require_aligned(row, "ldmatrix of a row that is not aligned to 16 bytes");
-  Exchange& mine = exchange();
-  std::memcpy(mine.in, &row, sizeof row);
-  mine.in[2] = transposed;
-  meet(__builtin_return_address(0), [](Lanes lanes) {
-    for (int lane = 0; lane < kWarp; lane++) {
-      auto* out = reinterpret_cast<uint16_t*>(lanes[lane]->out);
-      for (int i = 0; i < 8; i++) {
-        const int matrix = i / 2, word = lane % 4 * 2 + i % 2;
-        const bool turn = lanes[0]->in[2] != 0;
-        const int from_row = turn ? word : lane / 4, column = turn ? lane / 4 : word;
-        const uint16_t* source;
-        std::memcpy(&source, lanes[8 * matrix + from_row]->in, sizeof source);
-        out[i] = source[column];
-      }
-    }
-  });
-  std::memcpy(r, mine.out, sizeof r);
-}
-
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
-  Exchange& mine = exchange();
-  std::memcpy(mine.in, a, sizeof a);
-  mine.in[4] = b0;
-  mine.in[5] = b1;
-  mine.in[6] = bf16;
-  std::memcpy(mine.out, d, sizeof d);
-  meet(__builtin_return_address(0), [](Lanes lanes) {
-    const bool bf16 = lanes[0]->in[6] != 0;
-    const auto number = [&](int lane, int word, int part) {
-      const auto bits = static_cast<unsigned short>(lanes[lane]->in[word] >> 16 * part);
-      return bf16 ? __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}))
-                  : __half2float(__half(__half_raw{bits}));
-    };
-    float left[16][16], right[16][8];
-    for (int k = 0; k < 16; k++) {
-      const int t = k % 8 / 2;
-      for (int m = 0; m < 16; m++) {
-        left[m][k] = number(m % 8 * 4 + t, m / 8 + 2 * (k / 8), k % 2);
-      }
-      for (int n = 0; n < 8; n++) right[k][n] = number(n * 4 + t, 4 + k / 8, k % 2);
-    }
-    for (int m = 0; m < 16; m++) {
-      float sums[8];
-      for (int n = 0; n < 8; n++) {
-        std::memcpy(&sums[n], &lanes[m % 8 * 4 + n / 2]->out[m / 8 * 2 + n % 2], 4);
-      }
-      for (int k = 0; k < 16; k++) {
-        for (int n = 0; n < 8; n++) sums[n] += left[m][k] * right[k][n];
-      }
-      for (int n = 0; n < 8; n++) {
-        std::memcpy(&lanes[m % 8 * 4 + n / 2]->out[m / 8 * 2 + n % 2], &sums[n], 4);
-      }
-    }
-  });
-  std::memcpy(d, mine.out, sizeof d);
-}
-
 }  // namespace simt
+
+// For tests/support/simt_build.py.
 
 EXPORT void simt_configure(int copies_early, int schedule, unsigned seed) {
   simt::machine.copies_early = copies_early != 0;

@@ -2,9 +2,10 @@
 //
 // csrc/arch includes this in the place of nvcc's device code (FASTLM_SIMT). What a kernel may not
 // rely on is made as bad as the hardware may make it: shared memory begins as NaN, asynchronous
-// copies land as early or as late as the ISA allows, warps run in one of four orders. What is wrong
-// whatever happens (a barrier that not all threads reach, lanes at different shuffles, misaligned
-// 16-byte accesses, copies that nobody waits for) fails the launch, with a message.
+// copies land as early or as late as the ISA allows, warps and blocks run in one of four orders.
+// What is wrong whatever happens (a barrier that not all threads reach, lanes at different
+// shuffles, misaligned 16-byte accesses, copies that nobody waits for) fails the launch, with a
+// message.
 //
 // Not modelled: time, banks, registers, blocks that run at once, a weak memory order.
 #pragma once
@@ -26,6 +27,8 @@
 #define __launch_bounds__(...)
 
 namespace simt {
+
+constexpr int kWarp = 32;
 
 // --- for kernels and launchers
 
@@ -53,35 +56,36 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
 // What went wrong in the last launch that failed.
 const char* failure();
 
-// --- barriers, and what the lanes of a warp do together
+// --- barriers, and what the lanes of a warp do together. Lanes that meet must come from the same
+// call in the kernel, which is told by the return address: callers of these have to be inlined.
+
+enum class Collective { kSyncBlock, kSyncWarp, kShuffle, kLoadMatrix, kMma };
 
 void sync_block();
+void sync_warp();
 
 // A lane's part in a collective: what it brings and what it gets, in 32-bit words.
 struct Exchange {
   alignas(8) uint32_t in[8], out[8];
 };
-using Lanes = Exchange* const (&)[32];
+using Lanes = Exchange* const (&)[kWarp];
 
 // Waits for the 32 lanes of the warp; the last to come runs `all`, which fills each lane's `out`.
-// Lanes that meet must come from the same `site`.
 Exchange& exchange();
-void meet(const void* site, void (*all)(Lanes));
+void meet(Collective what, const void* site, void (*all)(Lanes));
 
 template <typename T>
 [[gnu::noinline]] T shuffle(T x, int from) {
   static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>, "one word");
   Exchange& mine = exchange();
   std::memcpy(&mine.in[0], &x, 4);
-  mine.in[1] = static_cast<uint32_t>(from) % 32;
-  meet(__builtin_return_address(0), [](Lanes lanes) {
+  mine.in[1] = static_cast<uint32_t>(from) % kWarp;
+  meet(Collective::kShuffle, __builtin_return_address(0), [](Lanes lanes) {
     for (Exchange* each : lanes) each->out[0] = lanes[each->in[1]]->in[0];
   });
   std::memcpy(&x, &mine.out[0], 4);
   return x;
 }
-
-void sync_warp();
 
 // --- copies
 
@@ -89,7 +93,12 @@ void copy_async(void* shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-void require_aligned(const void* p, const char* message);
+inline void require_aligned(const void* p, const char* message) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail(message);
+}
+
+// The 16 bytes at `p` are shared memory of the block.
+void require_shared(const void* p, const char* message);
 
 inline uint4 load_16(const void* global) {
   require_aligned(global, "16-byte load from an address that is not aligned to 16 bytes");

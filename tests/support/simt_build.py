@@ -29,6 +29,8 @@ COPIES = ("late", "early")
 SCHEDULES = ("lockstep", "first", "last", "random")
 MODES = [(copies, schedule) for copies in COPIES for schedule in SCHEDULES]
 
+# Nothing that makes two calls in a kernel of one, or one of two: see `meet` in simt.h.
+PLACES = ["-fno-thread-jumps", "-fno-crossjumping"]
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes".split()
 # The lowest level at which the emulated kernels are not slower than compiling them is.
 OPTIMIZED = ["-O1"]
@@ -57,6 +59,7 @@ def _flags(sanitized: bool) -> list[str]:
         *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DFASTLM_SIMT"),
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(SANITIZED if sanitized else OPTIMIZED),
+        *PLACES,
         *WARNINGS,
         *("-I", str(ROOT / "csrc"), "-isystem", str(SIMT)),
         *("-isystem", str(torch), "-isystem", str(cuda)),
@@ -70,7 +73,7 @@ def _hash(*parts: object) -> str:
 @functools.cache
 def _headers() -> str:
     """Of every header: a change of one compiles all again."""
-    files = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), SIMT / "simt.h"]
+    files = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *SIMT.glob("*.h")]
     torch = (_package("torch") / "version.py").read_text()
     return _hash(torch, *((str(file), file.read_bytes()) for file in sorted(files)))
 
@@ -104,7 +107,7 @@ def build(sources: tuple[Path, ...] | None = None, *, sanitized: bool = False) -
     with (OUT / ("lock-sanitized" if sanitized else "lock")).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(2) as pool:
-            files = (SIMT / "simt.cpp", *sources)
+            files = (*sorted(SIMT.glob("*.cpp")), *sources)
             objects = list(pool.map(lambda file: _compile(file, sanitized), files))
         torch = _package("torch") / "lib"
         link = ["-shared", *(SANITIZED if sanitized else OPTIMIZED), *map(str, objects)]

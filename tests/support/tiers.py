@@ -31,9 +31,9 @@ _COUNTS = pytest.StashKey[Counter]()
 def tier_of(path: Path, params: dict) -> str:
     """The tier of a test in the file `path` with the parameters `params`.
 
-    compile, repository: by file. simt: a kernel in CUDA C++ is run, that is `impl` is "cuda", or the
-    file is about its host build. interpreter: a kernel is run, that is `impl` is "triton" or the
-    file is about kernels. reference: the other tests of operators. integration: the rest.
+    compile, repository: by file. simt: a kernel in CUDA C++ is run, that is `impl` is "cuda", or
+    the file is about its host build. interpreter: a kernel is run, that is `impl` is "triton" or
+    the file is about kernels. reference: the other tests of operators. integration: the rest.
     """
     stem = path.stem
     for tier, files in _FILES.items():
