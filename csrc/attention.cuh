@@ -45,6 +45,37 @@ __device__ inline int end_key(const AttentionParams& p, const Sequence& s, int r
   return min(row + s.diagonal + p.right + 1, s.n_k);
 }
 
+// What a program of a grid of tiles * nheads * batch works on.
+struct TilePlace {
+  int tile, head, head_k, batch;
+};
+
+// Within sections of heads, the last tiles first: causal ones have the most to do, so that the last
+// programs are short. Heads that share keys follow each other.
+__device__ inline TilePlace tile_place(const AttentionParams& p, int tiles, int section) {
+  const int heads = p.batch * p.nheads;
+  const int program = static_cast<int>(blockIdx.x);
+  const int first = program / (tiles * section) * section;
+  const int width = min(section, heads - first);
+  const int rest = program - first * tiles;
+  const int head = first + rest % width;
+  return {tiles - 1 - rest / width, head % p.nheads, head % p.nheads / (p.nheads / p.nheads_k),
+          head / p.nheads};
+}
+
+// The first row of a sequence of a head.
+template <typename T>
+__device__ inline T* row_0(const AttentionTensor& x, int batch, int64_t first, int head) {
+  return static_cast<T*>(x.ptr) + batch * x.stride_b + first * x.stride_m + head * x.stride_h;
+}
+
+// Where the same row is in lse.
+__device__ inline int64_t stats_row_0(const AttentionParams& p, const Sequence& s, int batch,
+                                      int head) {
+  if (p.cu_seqlens_q != nullptr) return head * p.lse_stride_h + s.first_q;
+  return (int64_t{batch} * p.nheads + head) * p.lse_stride_h;
+}
+
 // Tiles of D columns of 16-bit numbers, rows side by side in shared memory. The 16-byte pieces of
 // a row are permuted so that neither eight rows of one column (ldmatrix) nor one row meet a bank
 // twice.
@@ -56,46 +87,130 @@ __device__ inline int tile_offset(int row, int col) {
   return row * D + (piece ^ turn) * 8 + col % 8;
 }
 
+// How the threads of a block share the 16-byte pieces of a tile: neighbours copy neighbouring
+// pieces of a row, and the rows of a thread are `kDown` apart.
+template <int D, int Threads>
+struct CopyPlace {
+  static constexpr int kAcross = D % 256 == 0 ? 32 : D % 128 == 0 ? 16 : D % 64 == 0 ? 8 : 4;
+  static constexpr int kDown = Threads / kAcross;
+  int row, col;
+
+  __device__ CopyPlace()
+      : row(static_cast<int>(threadIdx.x) / kAcross),
+        col(static_cast<int>(threadIdx.x) % kAcross * 8) {}
+
+  // Of the piece `down` rows and `across` columns on, in shared memory.
+  __device__ int operator()(int down, int across) const {
+    if constexpr (kDown % 8 == 0) return tile_offset<D>(row, col) + down * D + across;
+    return tile_offset<D>(row + down, col + across);
+  }
+};
+
 // Begins to copy rows [start, start + Rows) of a sequence of a head; rows outside [low, end) and
-// columns from `headdim` on become 0. `source` is the sequence's row 0.
+// columns from `headdim` on become 0. `from` is where this thread's first piece comes from.
+template <typename T, int Rows, int D, int Threads>
+__device__ inline void load_cut_tile(T* tile, const T* from, int64_t stride_m, int start, int low,
+                                     int end, int headdim) {
+  using Place = CopyPlace<D, Threads>;
+  static_assert(Rows % Place::kDown == 0, "every thread has as many pieces");
+  Place place;
+  forget(place.row);  // a loop that copies tiles has no registers to spare for their addresses
+  // As unsigned numbers, distances below 0 are not below a length.
+  const uint32_t from_low = static_cast<uint32_t>(start + place.row - low);
+  const uint32_t length = static_cast<uint32_t>(max(end - low, 0));
+#pragma unroll
+  for (int row = 0; row < Rows; row += Place::kDown) {
+#pragma unroll
+    for (int col = 0; col < D; col += Place::kAcross * 8) {
+      const bool valid = from_low + row < length && place.col + col < headdim;
+      copy_async_16(tile + place(row, col), from + col, valid);
+    }
+    from += Place::kDown * stride_m;
+  }
+}
+
+// The same, of a sequence whose row 0 is `source`.
 template <typename T, int Rows, int D, int Threads>
 __device__ inline void load_tile(T* tile, const T* source, int64_t stride_m, int start, int low,
                                  int end, int headdim) {
-  constexpr int kPieces = D / 8;
+  const CopyPlace<D, Threads> place;
+  load_cut_tile<T, Rows, D, Threads>(tile, source + (start + place.row) * stride_m + place.col,
+                                     stride_m, start, low, end, headdim);
+}
+
+// load_cut_tile of rows that all count.
+template <typename T, int Rows, int D, int Threads>
+__device__ inline void load_whole_tile(T* tile, const T* from, int64_t stride_m, int headdim) {
+  using Place = CopyPlace<D, Threads>;
+  const Place place;
 #pragma unroll
-  for (int i = 0; i < ceil_div(Rows * kPieces, Threads); i++) {
-    const int piece = i * Threads + static_cast<int>(threadIdx.x);
-    if (Rows * kPieces % Threads != 0 && piece >= Rows * kPieces) break;
-    const int row = piece / kPieces, col = piece % kPieces * 8;
-    const bool valid = start + row >= low && start + row < end && col < headdim;
-    // An address that may be formed, though nothing is read from it.
-    const T* from = valid ? source + (start + row) * stride_m + col : source;
-    copy_async_16(tile + tile_offset<D>(row, col), from, valid);
+  for (int row = 0; row < Rows; row += Place::kDown) {
+#pragma unroll
+    for (int col = 0; col < D; col += Place::kAcross * 8) {
+      copy_async_16(tile + place(row, col), from + col, place.col + col < headdim);
+    }
+    from += Place::kDown * stride_m;
   }
+}
+
+// A lane's addresses for ldmatrix in tiles of D columns. The permutation repeats every eight rows
+// and 64 (or 32) columns, so a few offsets and constants give them all; a compiler left to find that
+// out keeps a register for each address.
+template <int D>
+struct LanePlaces {
+  static constexpr int kTurns = D % 64 == 0 ? 4 : 2;
+  int at[kTurns];
+
+  // `row`, `col`: the lane's own in the 16x16 numbers that an ldmatrix reads.
+  __device__ LanePlaces(int row, int col) : LanePlaces(tile_offset<D>(row, col)) {}
+
+  // `first`: that of the first 16x16 numbers.
+  __device__ explicit LanePlaces(int first) {
+#pragma unroll
+    for (int i = 0; i < kTurns; i++) at[i] = first ^ (i * 16);
+  }
+
+  // Of the 16x16 numbers `row` rows (a multiple of 8) and `col` columns (of 16) on.
+  __device__ int operator()(int row, int col) const {
+    return at[col / 16 % kTurns] + row * D + col / (16 * kTurns) * (16 * kTurns);
+  }
+};
+
+// For load_a and load_b of tiles from their row `row` on, a multiple of 8.
+template <int D>
+__device__ inline LanePlaces<D> lane_places(int row) {
+  return {row + lane_id() % 16, lane_id() / 16 * 8};
+}
+
+// For load_b_trans. (The other places would give the same numbers, but not each fragment in two
+// neighbouring registers, where mma wants it.)
+template <int D>
+__device__ inline LanePlaces<D> lane_places_trans(int row) {
+  return {row + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2 * 8};
 }
 
 // mma's `a` fragment: rows [row, row + 16), columns [col, col + 16) of a tile.
 template <int D, typename T>
-__device__ inline void load_a(uint32_t (&a)[4], const T* tile, int row, int col) {
-  const int lane = lane_id();
-  load_matrix_x4(a, tile + tile_offset<D>(row + lane % 16, col + lane / 16 * 8));
+__device__ inline void load_a(uint32_t (&a)[4], const T* tile, const LanePlaces<D>& places, int row,
+                              int col) {
+  load_matrix_x4(a, tile + places(row, col));
 }
 
 // mma's `b` fragments for a product with the transposed tile, x @ tile^T: its rows
 // [row, row + 16) are columns of b, its columns [col, col + 16) are summed over.
 // b[0], b[1]: the first eight rows; b[2], b[3]: the others.
 template <int D, typename T>
-__device__ inline void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col) {
-  const int lane = lane_id();
-  load_matrix_x4(b, tile + tile_offset<D>(row + lane % 8 + lane / 16 * 8, col + lane / 8 % 2 * 8));
+__device__ inline void load_b_trans(uint32_t (&b)[4], const T* tile,
+                                    const LanePlaces<D>& places_trans, int row, int col) {
+  load_matrix_x4(b, tile + places_trans(row, col));
 }
 
 // mma's `b` fragments for x @ tile: its rows [row, row + 16) are summed over, its columns
 // [col, col + 16) are columns of b. b[0], b[1]: the first eight columns; b[2], b[3]: the others.
 template <int D, typename T>
-__device__ inline void load_b(uint32_t (&b)[4], const T* tile, int row, int col) {
-  const int lane = lane_id();
-  load_matrix_x4_trans(b, tile + tile_offset<D>(row + lane % 16, col + lane / 16 * 8));
+__device__ inline void load_b(uint32_t (&b)[4], const T* tile, const LanePlaces<D>& places, int row,
+                              int col) {
+  load_matrix_x4_trans(b, tile + places(row, col));
 }
 
 template <typename T>

@@ -28,7 +28,7 @@ struct AttentionParams {
   // first. Unlimited sides hold seqlen_q + seqlen_k.
   int left, right;
   bool bottom_right;  // diagonal = n_k - n_q, else 0
-  float scale;        // of q k, not negative
+  float scale;        // of q k; any sign
   const int64_t* dropout_seed;  // nullptr: no dropout
   uint32_t dropout_threshold;
   float dropout_scale;
@@ -47,5 +47,16 @@ cudaError_t attention_bwd_delta(const AttentionBackwardParams& params, cudaStrea
 cudaError_t attention_bwd_dq(const AttentionBackwardParams& params, cudaStream_t stream);
 // dk and dv; heads of one key head are summed in order.
 cudaError_t attention_bwd_dkv(const AttentionBackwardParams& params, cudaStream_t stream);
+
+// The forward of one of the head dims that kernels are built for, at least params.headdim: 32, 64,
+// 96, 128 or 256. Each is compiled in a file of its own.
+template <int D>
+cudaError_t attention_fwd_of(const AttentionParams& params, cudaStream_t stream);
+
+// The same for dq, and for dk and dv.
+template <int D>
+cudaError_t attention_dq_of(const AttentionBackwardParams& params, cudaStream_t stream);
+template <int D>
+cudaError_t attention_dkv_of(const AttentionBackwardParams& params, cudaStream_t stream);
 
 }  // namespace fastlm

@@ -31,6 +31,16 @@ __device__ inline T* shared_memory() {
 #endif
 }
 
+// Hides from the compiler what it knows of x: what follows from x is then computed where it is used,
+// and not before a loop, to wait in registers.
+__device__ inline void forget(int& x) {
+#ifdef FASTLM_SIMT
+  (void)x;
+#else
+  asm volatile("" : "+r"(x));
+#endif
+}
+
 // Launches kernel(args...) and returns what the launch itself says; faults inside come later.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,

@@ -28,6 +28,14 @@ __device__ __forceinline__ float shuffle(float x, int lane) {
 #endif
 }
 
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t x, int mask) {
+#ifdef FASTLM_SIMT
+  return simt::shuffle(x, simt::lane() ^ mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+#endif
+}
+
 // Waits for all threads of the block, and shows each what the others wrote.
 __device__ __forceinline__ void sync_block() {
 #ifdef FASTLM_SIMT
@@ -38,7 +46,7 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // The same for the 32 lanes of a warp.
-__device__ inline void sync_warp() {
+__device__ __forceinline__ void sync_warp() {
 #ifdef FASTLM_SIMT
   simt::sync_warp();
 #else

@@ -1,4 +1,5 @@
-"""The contracts of fused attention: `fastlm::attention_fwd` and `fastlm::attention_bwd`.
+"""The contracts of fused attention: `attention_fwd` and `attention_bwd`, of `fastlm::` (Triton) and
+of `fastlm_cuda::`.
 
 Both take every option; None, -1 (windows) and 0.0 (softcap, dropout_p) stand for "not used".
 Dense calls have q (batch, seqlen_q, nheads, headdim) and lse (batch, nheads, seqlen_q); packed
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops._library import contract
+from fastlm.ops._library import contract, cuda_contract
 
 
 def _attention_fwd_fake(
@@ -156,3 +157,13 @@ def attention_bwd(
         do, q, k, v, out, lse, lse_low, dlse, options, need_dq, need_dkv, need_dbias, need_dtable,
         need_dalibi, need_dsinks,
     )  # fmt: skip
+
+
+# Forward and backward, by backend.
+CONTRACTS = {
+    "triton": (attention_fwd, attention_bwd),
+    "cuda": (
+        cuda_contract(attention_fwd, _attention_fwd_fake),
+        cuda_contract(attention_bwd, _attention_bwd_fake),
+    ),
+}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops import _attention_triton
+from fastlm.ops import _attention_kernels
 from fastlm.ops._library import contract
 from fastlm.ops._transforms import gradients
 from fastlm.reference import attention as reference
@@ -117,7 +117,7 @@ def attention_weights_bwd(
 
 def attention_weights(q, k, lse, options: dict) -> torch.Tensor:
     """Runs the kernels on checked options; q and k have one dtype and last stride 1."""
-    tensors, scalars = _attention_triton.kernel_options(options, q, k)
+    tensors, scalars = _attention_kernels.kernel_options(options, q, k)
     mask, bias, table, seqlens_k, _, _, alibi_slopes, _, seed = tensors
     inputs = q, k, lse.float().contiguous(), mask, bias, table, seqlens_k, alibi_slopes, seed
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -163,7 +163,7 @@ def _fused_gradients(incoming, inputs, kept, scalars, needs):
 def _by_reference(inputs, kept, scalars) -> tuple[torch.Tensor]:
     """The weights of the forward pass."""
     (q, k, lse, bias, table, alibi_slopes), (mask, seqlens_k, seed) = inputs, kept
-    options = _attention_triton.reference_options(
+    options = _attention_kernels.reference_options(
         (mask, bias, table, seqlens_k, None, None, alibi_slopes, None, seed), scalars
     )
     return (reference.attention_weights(q, k, lse, **options),)

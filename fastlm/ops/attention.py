@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops import _attention_torch, _attention_triton
+from fastlm.ops import _attention_cuda, _attention_kernels, _attention_torch
 from fastlm.ops._attention_check import check_options, check_qkv, to_common_dtype
 from fastlm.ops._check import make_seed
 from fastlm.reference.relative_bias import RelativeBias
@@ -67,7 +67,7 @@ def attention(
         are the reference's. A query that sees no key has out 0, lse -inf and gradient 0. Keys
         that no query sees may hold NaN.
 
-    Memory: the Triton kernels hold no (seqlen_q, seqlen_k) matrix. Beside its results the forward
+    Memory: the kernels hold no (seqlen_q, seqlen_k) matrix. Beside its results the forward
     keeps lse, and a second fp32 number per query and head where a gradient is in fp32; the backward
     needs two or three, and up to 64 partial sums of the gradients of bias, table and slopes, each
     of the size of that gradient. The reference holds all scores.
@@ -91,11 +91,16 @@ def attention_as(op: str, q, k, v, impl, **options):
     check_qkv(op, q, k, v)
     check_options(op, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device, options)
     options["seed"] = make_seed(op, options["seed"], options["dropout_p"], q.device)
-    q, k, v = (_attention_triton.last_stride_1(x) for x in to_common_dtype(q, k, v))
-    if choose(op, impl, _BACKENDS, q.device, q, v, options) == "torch":
+    q, k, v = (_attention_kernels.last_stride_1(x) for x in to_common_dtype(q, k, v))
+    backend = choose(op, impl, BACKENDS, q.device, q, k, v, options)
+    if backend == "torch":
         return _attention_torch.attention(q, k, v, options)
-    return _attention_triton.attention(q, k, v, options)
+    return _attention_kernels.attention(backend, q, k, v, options)
 
 
-# Triton first: it never holds a (seqlen_q, seqlen_k) matrix. Not measured on a GPU yet.
-_BACKENDS = {"triton": _attention_triton.refuses, "torch": supports_all}
+# Kernels first: they never hold a (seqlen_q, seqlen_k) matrix. Not measured on a GPU yet.
+BACKENDS = {
+    "triton": _attention_kernels.triton_refuses,
+    "cuda": _attention_cuda.refuses,
+    "torch": supports_all,
+}

@@ -7,8 +7,8 @@ import torch
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops import (
     _attention_decode,
+    _attention_kernels,
     _attention_torch,
-    _attention_triton,
     _attention_weights,
 )
 from fastlm.ops._attention_check import (
@@ -20,11 +20,12 @@ from fastlm.ops._attention_check import (
     to_common_dtype,
 )
 from fastlm.ops._check import fail, make_seed, require_device, require_float, require_shape
+from fastlm.ops.attention import BACKENDS
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
 # Triton first: it reads less, and keeps nothing of the size of the scores but what it returns.
-_BACKENDS = {"triton": _attention_triton.refuses, "torch": supports_all}
+_WEIGHTS_BACKENDS = {"triton": _attention_kernels.triton_refuses, "torch": supports_all}
 _DECODE_BACKENDS = {"triton": _attention_decode.refuses, "torch": supports_all}
 
 
@@ -84,11 +85,11 @@ def attention_varlen(
     shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
     check_options(op, shape, q.device, options)
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
-    q, k, v = to_common_dtype(q, k, v)
+    q, k, v = (_attention_kernels.last_stride_1(x) for x in to_common_dtype(q, k, v))
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if choose(op, impl, _BACKENDS, q.device, q, v, options, packing) == "triton":
-        q, k, v = (_attention_triton.last_stride_1(x) for x in (q, k, v))
-        return _attention_triton.attention(q, k, v, options, packing)
+    backend = choose(op, impl, BACKENDS, q.device, q, k, v, options)
+    if backend != "torch":
+        return _attention_kernels.attention(backend, q, k, v, options, packing)
     with _attention_torch.without_autocast(q.device):
         return reference.attention_varlen(q, k, v, *packing, **options)
 
@@ -213,8 +214,8 @@ def attention_weights(
     del options["return_lse"]
     options["seed"] = make_seed(op, seed, dropout_p, q.device)
     q, k = to_common_dtype(q, k)
-    if choose(op, impl, _BACKENDS, q.device, q, k, options) == "triton":
-        q, k = (_attention_triton.last_stride_1(x) for x in (q, k))
+    if choose(op, impl, _WEIGHTS_BACKENDS, q.device, q, k, k, options) == "triton":
+        q, k = (_attention_kernels.last_stride_1(x) for x in (q, k))
         return _attention_weights.attention_weights(q, k, lse, options)
     with _attention_torch.without_autocast(q.device):
         return reference.attention_weights(q, k, lse, **options)

@@ -1,23 +1,28 @@
-"""The Triton backend of attention: the differentiable function over its two contracts.
+"""The backends of attention that have kernels, Triton and CUDA: one differentiable function over
+the two contracts of each.
 
 First derivatives are fused. Second and higher ones recompute the call in the reference.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from fastlm.ops._attention_contract import attention_bwd, attention_fwd
+from fastlm.backends import Impl
+from fastlm.ops import _attention_cuda
+from fastlm.ops._attention_contract import CONTRACTS
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
-    """Why the kernels cannot take a call, or None."""
-    if q.dtype not in _DTYPES:
+def triton_refuses(q, k, v, options: dict) -> str | None:
+    """Why Triton's kernels cannot take a call, or None."""
+    if q.dtype not in _TRITON_DTYPES:
         return f"computes in fp32 and does not take {q.dtype}"
     if in_transform():
         return TRANSFORM_REFUSAL
@@ -27,8 +32,8 @@ def refuses(q, v, options: dict, packing: tuple | None = None) -> str | None:
     return None
 
 
-def attention(q, k, v, options: dict, packing: tuple | None = None):
-    """Runs the kernels on checked options.
+def attention(impl: Impl, q, k, v, options: dict, packing: tuple | None = None):
+    """Runs the kernels of `impl` on checked options.
 
     Args:
         q, k, v: of one dtype, last stride 1.
@@ -41,9 +46,10 @@ def attention(q, k, v, options: dict, packing: tuple | None = None):
     learned = [x for x in learned if x is not None and x.requires_grad]
     if torch.is_grad_enabled() and learned:
         exact = any(x.dtype.itemsize >= 4 for x in learned)
-        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact)
+        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact, impl)
     else:
-        out, lse, _ = attention_fwd(q, k, v, *tensors, *scalars, False)
+        forward, _ = CONTRACTS[impl]
+        out, lse, _ = forward(q, k, v, *tensors, *scalars, False)
     return (out, lse) if options["return_lse"] else out
 
 
@@ -74,7 +80,7 @@ def kernel_options(options: dict, q, k, packing: tuple | None = None) -> tuple[t
 
 
 class _Attention(torch.autograd.Function):
-    """(q, k, v, the nine optional tensors, scalars, exact) -> what `attention_fwd` returns.
+    """(q, k, v, the nine optional tensors, scalars, exact, impl) -> what `attention_fwd` returns.
 
     Differentiable are out and lse. exact: a gradient is in fp32, and wants what lse lost to
     rounding.
@@ -82,12 +88,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        *tensors, scalars, exact = inputs
-        return attention_fwd(*tensors, *scalars, exact)
+        *tensors, scalars, exact, impl = inputs
+        forward, _ = CONTRACTS[impl]
+        return forward(*tensors, *scalars, exact)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scalars, exact = inputs
+        *tensors, ctx.scalars, exact, ctx.impl = inputs
         out, lse, lse_low = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse_low)
@@ -101,21 +108,25 @@ class _Attention(torch.autograd.Function):
         need_q, need_k, need_v, _, need_bias, need_table, *_ = ctx.needs_input_grad
         need_alibi, need_sinks = ctx.needs_input_grad[9:11]
         dq, dk, dv, dbias, dtable, dalibi, dsinks = gradients(
-            _fused_gradients, _by_reference, (do, dlse), (q, k, v, bias, table, alibi, sinks),
-            (mask, seqlens_k, cu_q, cu_k, seed, *results), ctx.scalars,
+            partial(_fused_gradients, ctx.impl), _by_reference, (do, dlse),
+            (q, k, v, bias, table, alibi, sinks), (mask, seqlens_k, cu_q, cu_k, seed, *results),
+            ctx.scalars,
             (need_q, need_k, need_v, need_bias, need_table, need_alibi, need_sinks),
         )  # fmt: skip
         return (
-            dq, dk, dv, None, dbias, dtable, None, None, None, dalibi, dsinks, None, None, None
+            dq, dk, dv, None, dbias, dtable, None, None, None, dalibi, dsinks, *[None] * 4
         )  # fmt: skip
 
 
-def _fused_gradients(incoming, inputs, kept, scalars, needs):
+def _fused_gradients(impl, incoming, inputs, kept, scalars, needs):
     (do, dlse), (q, k, v, *_) = incoming, inputs
     out, lse, lse_low = kept[5:]
     need_q, need_k, need_v, *need_rest = needs
     do = torch.zeros_like(out) if do is None else last_stride_1(do)
-    grads = attention_bwd(
+    if impl == "cuda":
+        do, dlse = _attention_cuda.aligned(do), None if dlse is None else dlse.contiguous()
+    _, backward = CONTRACTS[impl]
+    grads = backward(
         do, q, k, v, out, lse, lse_low, dlse, *_optional(inputs, kept), *scalars,
         need_q, need_k or need_v, *need_rest,
     )  # fmt: skip

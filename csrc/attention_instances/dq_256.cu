@@ -1,0 +1,7 @@
+#include "../attention_dq.cuh"
+
+namespace fastlm {
+
+template cudaError_t attention_dq_of<256>(const AttentionBackwardParams&, cudaStream_t);
+
+}  // namespace fastlm

@@ -1,0 +1,7 @@
+#include "../attention_fwd.cuh"
+
+namespace fastlm {
+
+template cudaError_t attention_fwd_of<32>(const AttentionParams&, cudaStream_t);
+
+}  // namespace fastlm

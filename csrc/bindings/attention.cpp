@@ -1,0 +1,141 @@
+// fastlm_cuda::attention_fwd and attention_bwd; fastlm/ops/_attention_contract.py has the contracts.
+// Masks, biases, slopes, sinks and softcap are refused in Python.
+#include "../attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+#include "check.h"
+
+namespace fastlm {
+namespace {
+
+// What both passes take after their tensors.
+struct Options {
+  const MaybeTensor &seqlens_k, &cu_seqlens_q, &cu_seqlens_k, &seed;
+  const std::string& causal;
+  double softmax_scale;
+  int64_t window_left, window_right;
+  double dropout_p;
+  int64_t max_seqlen_q, max_seqlen_k;
+};
+
+AttentionTensor attention_tensor(const Tensor& x) {
+  const bool packed = x.dim() == 3;
+  return {data_of(x), packed ? 0 : x.stride(0), x.stride(packed ? 0 : 1), x.stride(packed ? 1 : 2)};
+}
+
+const int* int_data(const MaybeTensor& x) { return static_cast<const int*>(data_of(x)); }
+
+AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& out, const Tensor& lse, const Options& options) {
+  const bool packed = options.cu_seqlens_q.has_value();
+  const int64_t farthest = std::min<int64_t>(options.max_seqlen_q + options.max_seqlen_k,
+                                             std::numeric_limits<int>::max() / 4);
+  const auto side = [&](int64_t window) {
+    return static_cast<int>(window < 0 ? farthest : std::min(window, farthest));
+  };
+  const DropoutArguments dropout(options.seed, options.dropout_p);
+  AttentionParams p{};
+  p.q = attention_tensor(q);
+  p.k = attention_tensor(k);
+  p.v = attention_tensor(v);
+  p.out = attention_tensor(out);
+  p.lse = static_cast<float*>(data_of(lse));
+  p.bf16 = q.scalar_type() == ScalarType::BFloat16;
+  p.batch = static_cast<int>(packed ? options.cu_seqlens_q->size(0) - 1 : q.size(0));
+  p.nheads = static_cast<int>(q.size(q.dim() - 2));
+  p.nheads_k = static_cast<int>(k.size(k.dim() - 2));
+  p.headdim = static_cast<int>(q.size(q.dim() - 1));
+  p.seqlen_q = static_cast<int>(options.max_seqlen_q);
+  p.seqlen_k = static_cast<int>(options.max_seqlen_k);
+  p.lse_stride_h = packed ? q.size(0) : q.size(1);
+  p.seqlens_k = int_data(options.seqlens_k);
+  p.cu_seqlens_q = int_data(options.cu_seqlens_q);
+  p.cu_seqlens_k = int_data(options.cu_seqlens_k);
+  p.left = side(options.window_left);
+  p.right = options.causal == "none" ? side(options.window_right)
+                                     : std::min(side(options.window_right), 0);
+  p.bottom_right = options.causal != "top_left";
+  p.scale = static_cast<float>(options.softmax_scale);
+  p.dropout_seed = dropout.seed;
+  p.dropout_threshold = dropout.threshold;
+  p.dropout_scale = dropout.scale;
+  return p;
+}
+
+// As `like`, contiguous. Tokens that belong to no packed sequence are written by no kernel.
+Tensor new_like(const Tensor& like, bool packed) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < like.dim(); i++) shape.push_back(like.size(i));
+  return packed ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_fwd_op(
+    Tensor q, Tensor k, Tensor v, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor seqlens_k,
+    MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor, MaybeTensor, MaybeTensor seed,
+    std::string causal, double softmax_scale, int64_t window_left, int64_t window_right, double,
+    double dropout_p, bool, int64_t, int64_t max_seqlen_q, int64_t max_seqlen_k, bool) {
+  const LaunchScope scope(q);
+  const bool packed = cu_seqlens_q.has_value();
+  const Tensor out = new_like(q, packed);
+  const Tensor lse =
+      packed ? new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
+             : new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  if (packed) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  const AttentionParams params = attention_params(
+      q, k, v, out, lse,
+      {seqlens_k, cu_seqlens_q, cu_seqlens_k, seed, causal, softmax_scale, window_left,
+       window_right, dropout_p, max_seqlen_q, max_seqlen_k});
+  check(attention_fwd(params, scope.stream()), "attention_fwd");
+  return {out, lse, new_empty(q, {0}, std::nullopt)};
+}
+
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SevenTensors attention_bwd_op(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, MaybeTensor,
+    MaybeTensor dlse, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor seqlens_k,
+    MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor, MaybeTensor, MaybeTensor seed,
+    std::string causal, double softmax_scale, int64_t window_left, int64_t window_right, double,
+    double dropout_p, bool, int64_t, int64_t max_seqlen_q, int64_t max_seqlen_k, bool need_dq,
+    bool need_dkv, bool, bool, bool, bool) {
+  const LaunchScope scope(q);
+  const bool packed = cu_seqlens_q.has_value();
+  const Tensor nothing = new_empty(q, {0}, std::nullopt);
+  const auto gradient = [&](const Tensor& x, bool needed) {
+    return needed ? new_like(x, packed) : new_empty(x, {0}, x.scalar_type());
+  };
+  const Tensor dq = gradient(q, need_dq), dk = gradient(k, need_dkv), dv = gradient(v, need_dkv);
+  const Tensor delta = new_like(lse, false);
+  AttentionBackwardParams call{};
+  call.forward = attention_params(
+      q, k, v, out, lse,
+      {seqlens_k, cu_seqlens_q, cu_seqlens_k, seed, causal, softmax_scale, window_left,
+       window_right, dropout_p, max_seqlen_q, max_seqlen_k});
+  call.dout = attention_tensor(dout);
+  call.dlse = static_cast<const float*>(data_of(dlse));
+  call.delta = static_cast<float*>(data_of(delta));
+  check(attention_bwd_delta(call, scope.stream()), "attention_bwd");
+  if (need_dq) {
+    call.dq = attention_tensor(dq);
+    check(attention_bwd_dq(call, scope.stream()), "attention_bwd");
+  }
+  if (need_dkv) {
+    call.dk = attention_tensor(dk);
+    call.dv = attention_tensor(dv);
+    check(attention_bwd_dkv(call, scope.stream()), "attention_bwd");
+  }
+  return {dq, dk, dv, nothing, nothing, nothing, nothing};
+}
+
+}  // namespace
+}  // namespace fastlm
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
+  m.impl("attention_fwd", TORCH_BOX(&fastlm::attention_fwd_op));
+  m.impl("attention_bwd", TORCH_BOX(&fastlm::attention_bwd_op));
+}
