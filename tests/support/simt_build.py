@@ -34,6 +34,7 @@ PLACES = ["-fno-thread-jumps", "-fno-crossjumping"]
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes".split()
 # The lowest level at which the emulated kernels are not slower than compiling them is.
 OPTIMIZED = ["-O1"]
+SCHEDULER = ["-O3"]  # small, and most of the time
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -80,6 +81,8 @@ def _dependencies(listed: Path) -> list[Path]:
 def _compile(source: Path, sanitized: bool) -> Path:
     """The object file, made anew where the source, a header that it includes, or a flag changed."""
     flags = _flags(sanitized)
+    if source.parent == SIMT and source.suffix == ".cpp":
+        flags += SCHEDULER
     base = f"{source.stem}-{_hash(str(source), flags, _torch_version())}"
     listed = OUT / f"{base}.d"
 
