@@ -1,5 +1,6 @@
 # make demo        from a fresh clone to a trained, swapped and benchmarked model, without a GPU
 # make test        the whole test suite, without a GPU
+# make cuda        builds the CUDA C++ kernels into fastlm/, with nvcc and without a GPU
 # make gpu-check   GPU tests and benchmarks, with the python it is given (PYTHON=...)
 # make lint        ruff and, where it is installed, clang-format
 # make format      rewrites the sources as lint wants them
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: demo test gpu-check lint format clean
+.PHONY: demo test cuda gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastlm demo --out $(DEMO_OUT)
@@ -23,6 +24,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -n $(WORKERS) --dist worksteal \
 	    --floors tests/floors.json
+
+cuda: $(VENV)/.test
+	$(BIN)/python csrc/build.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
@@ -41,6 +45,7 @@ format: $(VENV)/.test
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) gpu_check_out build dist *.egg-info
+	rm -f fastlm/libfastlm_cuda.so fastlm/_C.*.so
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find fastlm kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -6,6 +6,7 @@ The list is explicit because setuptools' discovery does not see remapped package
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -39,9 +40,11 @@ class BuildCuda(build_ext):
         if self.editable_mode:
             folder = ROOT / "fastlm"
         try:
-            builder.build(folder, tools)
+            builder.build(folder, tools, strict=False)
         except builder.BuildError as error:
-            sys.exit(f"fastlm: {error}")
+            if os.environ.get(builder.VARIABLE) == "1":
+                sys.exit(f"fastlm: {error}")
+            print(builder.without(error))
 
     def copy_extensions_to_source(self):
         pass  # they were built there

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,11 @@ INSTALL_NVCC = (
     "/usr/local/cuda is named by CUDA_HOME"
 )
 
+INSTALL_TORCH = (
+    "pip install 'torch>=2.10', and where the build cannot see it name its folder: "
+    "FASTLM_TORCH_DIR=\"$(python -c 'import torch; print(torch.__path__[0])')\""
+)
+
 
 class BuildError(Exception):
     """What stands in the way of a build, with the command that removes it."""
@@ -51,6 +57,7 @@ class Tools:
     nvcc: Path
     toolkit: Path
     cuda: tuple[int, int]
+    cxx: str  # the C++ compiler, also nvcc's
     torch: Path
     torch_version: str
     torch_cuda: str | None
@@ -63,8 +70,9 @@ def find_tools(environment=os.environ) -> Tools:
     if not OLDEST_CUDA <= cuda < FIRST_UNKNOWN_CUDA:
         found = ".".join(map(str, cuda))
         raise BuildError(f"nvcc {found} at {nvcc} is not supported: {INSTALL_NVCC}")
+    cxx = _host_compiler(nvcc, environment)
     torch, version, torch_cuda = _find_torch(environment)
-    return Tools(nvcc, _toolkit_of(nvcc), cuda, torch, version, torch_cuda)
+    return Tools(nvcc, _toolkit_of(nvcc), cuda, cxx, torch, version, torch_cuda)
 
 
 def wanted(environment=os.environ) -> Tools | None:
@@ -79,24 +87,26 @@ def wanted(environment=os.environ) -> Tools | None:
         return None
     try:
         tools = find_tools(environment)
-        missing = [name for name in ("g++",) if shutil.which(name) is None]
-        if missing:
-            raise BuildError("g++ was not found: install it (Debian and Ubuntu: apt install g++)")
         if choice == "" and tools.torch_cuda is None:
             raise BuildError("the torch that is installed is built without CUDA")
         return tools
     except BuildError as error:
         if choice == "1":
             raise BuildError(f"{VARIABLE}=1, but {error}") from None
-        print(f"fastlm: without the CUDA C++ kernels ({error}). {VARIABLE}=1 asks for them.")
+        print(without(error))
         return None
+
+
+def without(error: BuildError) -> str:
+    """What is said where a build that nobody asked for is not possible."""
+    return f"fastlm: without the CUDA C++ kernels ({error}). {VARIABLE}=1 asks for them."
 
 
 def _find_nvcc(environment) -> Path:
     homes = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     named = [Path(home) for home in homes if home]
-    site = Path(sysconfig.get_path("purelib")) / "nvidia"
-    usual = [Path("/usr/local/cuda"), *sorted(site.glob("cu*"), reverse=True)]
+    wheels = [home for site in _sites(environment) for home in sorted(site.glob("nvidia/cu*"))]
+    usual = [Path("/usr/local/cuda"), *reversed(wheels)]
     on_path = shutil.which("nvcc", path=environment.get("PATH", ""))
     places = [home / "bin" / "nvcc" for home in named]
     places += [Path(on_path)] if on_path else []
@@ -120,6 +130,25 @@ def _nvcc_version(nvcc: Path) -> tuple[int, int]:
     return int(release[1]), int(release[2])
 
 
+def _host_compiler(nvcc: Path, environment) -> str:
+    """CXX or g++, which nvcc must take too: each accepts host compilers up to some version."""
+    cxx = environment.get("CXX") or "g++"
+    if shutil.which(cxx) is None:
+        raise BuildError(
+            f"the C++ compiler {cxx} was not found: install it (Debian and Ubuntu: apt install g++)"
+            " or name another by CXX"
+        )
+    command = [nvcc, "-ccbin", cxx, "-E", "-x", "cu", os.devnull]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if result.returncode != 0:
+        said = next((x for x in result.stderr.splitlines() if "error" in x), result.stderr.strip())
+        raise BuildError(
+            f"nvcc at {nvcc} does not compile with {cxx} ({said.strip()}): name an older compiler "
+            f"by CXX (CXX=g++-13), or {INSTALL_NVCC}"
+        )
+    return cxx
+
+
 def _toolkit_of(nvcc: Path) -> Path:
     """The folder with the headers and libraries: nvcc may be a script or a link elsewhere."""
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
@@ -128,22 +157,34 @@ def _toolkit_of(nvcc: Path) -> Path:
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
 
 
-def _find_torch(environment) -> tuple[Path, str, str | None]:
-    places = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
-    places = (
-        [Path(environment["FASTLM_TORCH_DIR"])] if "FASTLM_TORCH_DIR" in environment else places
-    )
+def _sites(environment) -> list[Path]:
+    """Folders of installed packages, nearest first.
+
+    Isolated builds of pip run the environment's own python, whose packages are a path away though
+    hidden; those of other tools run another one's, and may leave the environment in a variable.
+    """
+    sites = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
     spec = find_spec("torch")
-    places += [Path(spec.origin).parent] if spec is not None else []
-    torch = next((place for place in places if (place / "version.py").exists()), None)
-    remedy = "pip install 'torch>=2.10'; FASTLM_TORCH_DIR names a torch folder elsewhere"
+    sites += [Path(spec.origin).parents[1]] if spec is not None and spec.origin else []
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if environment.get(name):
+            sites += sorted(Path(environment[name]).glob("lib/python3.*/site-packages"))
+    return sites
+
+
+def _find_torch(environment) -> tuple[Path, str, str | None]:
+    """The folder of torch, its version, and that of its CUDA."""
+    folders = [site / "torch" for site in _sites(environment)]
+    if environment.get("FASTLM_TORCH_DIR"):
+        folders = [Path(environment["FASTLM_TORCH_DIR"])]
+    torch = next((folder for folder in folders if (folder / "version.py").exists()), None)
     if torch is None:
-        raise BuildError(f"torch was not found beside {sys.executable}: {remedy}")
+        raise BuildError(f"torch was not found beside {sys.executable}: {INSTALL_TORCH}")
     text = (torch / "version.py").read_text()
     version = re.search(r"__version__ = '([^']+)'", text)[1]
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers < OLDEST_TORCH:
-        raise BuildError(f"torch {version} at {torch} is too old: {remedy}")
+        raise BuildError(f"torch {version} at {torch} is too old: {INSTALL_TORCH}")
     cuda = re.search(r"^cuda[^=\n]*= '([^']+)'", text, re.MULTILINE)
     return torch, version, cuda[1] if cuda else None
 
@@ -151,15 +192,18 @@ def _find_torch(environment) -> tuple[Path, str, str | None]:
 # --- the build
 
 
-def build(folder: Path, tools: Tools, out: Path = OUT) -> dict:
-    """Builds into `folder`, by way of objects in `out`; returns and prints what it took."""
+def build(folder: Path, tools: Tools, out: Path = OUT, *, strict: bool = True) -> dict:
+    """Builds into `folder`, by way of objects in `out`; returns and prints what it took.
+
+    `strict` takes warnings for errors; an installation does not, for compilers newer than ours.
+    """
     missing = [name for name in ("ninja", "pybind11") if find_spec(name) is None]
     if missing:
         raise BuildError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
     out.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    objects = _write_ninja(out, tools)
+    objects = _write_ninja(out, tools, strict)
     _ninja(out, "libfastlm_cuda.so")
     _write_facts(out, tools, [o for o in objects if o.endswith(".cu.o")])
     module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -171,7 +215,7 @@ def build(folder: Path, tools: Tools, out: Path = OUT) -> dict:
     jobs = [json.loads((out / f"{o}.job").read_text()) for o in objects]
     report = {
         "seconds": round(time.monotonic() - start, 1),
-        "compile_seconds": round(sum(job["seconds"] for job in jobs), 1),
+        "cpu_seconds": round(sum(job["cpu_seconds"] for job in jobs), 1),
         "jobs": _jobs(),
         "peak_job_mib": max(job["peak_mib"] for job in jobs),
         "library_mib": round((out / "libfastlm_cuda.so").stat().st_size / 2**20, 2),
@@ -183,61 +227,83 @@ def build(folder: Path, tools: Tools, out: Path = OUT) -> dict:
 
 
 def _jobs() -> int:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    """How many compilers run at once: as many as there are cores and memory for, or MAX_JOBS."""
+    if os.environ.get("MAX_JOBS", "").isdigit():
+        return max(1, int(os.environ["MAX_JOBS"]))
+    memory = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            memory.append(int(text))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, int(memory / JOB_GIB)))
+    return max(1, min(cores or 1, int(min(memory) / 2**30 / JOB_GIB)))
 
 
-def _write_ninja(out: Path, tools: Tools) -> list[str]:
+def _write_ninja(out: Path, tools: Tools, strict: bool) -> list[str]:
     """Writes build.ninja; returns the objects of the library, as paths within `out`."""
-    import pybind11
-
-    cuda = tools.toolkit
-    torch = tools.torch / "include"
-    oldest = next(iter(TARGETS))
-    gencode = " ".join(
-        f"-gencode arch={virtual},code=[{real}{f',{virtual}' if real == oldest else ''}]"
-        for real, virtual in TARGETS.items()
-    )
-    libraries = [cuda / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    cudart = next((p for p in libraries if (p / "libcudart_static.a").exists()), None)
-    if cudart is None:
-        raise BuildError(f"libcudart_static.a was not found in {cuda}: {INSTALL_NVCC}")
-    variables = {
-        "job": f"{sys.executable} {CSRC / 'build.py'} --job",
-        "nvccflags": "-std=c++17 -O3 --expt-relaxed-constexpr -Werror all-warnings -Xptxas -v "
-        f"-Xcompiler -fPIC,-fvisibility=hidden {gencode} -I{CSRC}",
-        "cxxflags": "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror "
-        f"{STABLE_ABI} -isystem {torch} -isystem {cuda / 'include'} -I{CSRC}",
-        "moduleflags": "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror "
-        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -I{out}",
-        "linkflags": f"-shared -Wl,--as-needed,-s,--exclude-libs,ALL -L{cudart} -lcudart_static "
-        f"-lpthread -ldl -lrt -Wl,--no-as-needed -L{tools.torch / 'lib'} -ltorch -ltorch_cpu",
-    }
-    lines = ["ninja_required_version = 1.5"] + [f"{k} = {v}" for k, v in variables.items()]
-    deps = ["  deps = gcc", "  depfile = $out.d"]
+    module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    variables = {name: " ".join(words) for name, words in _commands(out, tools, strict).items()}
+    depends = "  deps = gcc\n  depfile = $out.d"
+    compile_ = "-MMD -MF $out.d -c $in -o $out"
+    lines = [f"{name} = {text}" for name, text in variables.items()]
     lines += [
-        "rule cuda",
-        f"  command = $job $out {tools.nvcc} $nvccflags -MMD -MF $out.d -c $in -o $out",
+        f"rule cuda\n  command = $job $out $nvcc $nvccflags {compile_}\n{depends}",
+        f"rule cxx\n  command = $job $out $cxx $cxxflags {compile_}\n{depends}",
+        "rule link\n  command = $cxx $in $linkflags -o $out",
+        "rule module\n  command = $cxx $moduleflags $in -o $out",
     ]
-    lines += [
-        *deps,
-        "rule cxx",
-        "  command = $job $out g++ $cxxflags -MMD -MF $out.d -c $in -o $out",
-    ]
-    lines += [*deps, "rule link", "  command = g++ $in $linkflags -o $out"]
-    lines += ["rule module", "  command = g++ -shared $moduleflags $in -o $out -s"]
     objects = []
     for source in [*sorted(CSRC.rglob("*.cu")), *sorted((CSRC / "bindings").glob("*.cpp"))]:
-        if source.name == "module.cpp":
-            continue
-        objects.append(f"{source.relative_to(CSRC).as_posix().replace('/', '.')}.o")
-        lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
+        if source.name != "module.cpp":
+            objects.append(f"{source.relative_to(CSRC).as_posix().replace('/', '.')}.o")
+            rule = "cuda" if source.suffix == ".cu" else "cxx"
+            lines.append(f"build {objects[-1]}: {rule} {_ninja_path(source)}")
     lines.append(f"build libfastlm_cuda.so: link {' '.join(objects)}")
-    module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    lines.append(f"build {module}: module {CSRC / 'bindings' / 'module.cpp'} | build_facts.inc")
+    facts = _ninja_path(CSRC / "bindings" / "module.cpp")
+    lines.append(f"build {module}: module {facts} | build_facts.inc")
     _write_if_changed(out / "build.ninja", "\n".join(lines) + "\n")
     return objects
+
+
+def _commands(out: Path, tools: Tools, strict: bool) -> dict[str, list[str]]:
+    """The words of each command, as ninja's variables."""
+    import pybind11
+
+    cuda, torch = tools.toolkit, tools.torch
+    lib = [cuda / name for name in ("lib64", "lib", f"targets/{os.uname().machine}-linux/lib")]
+    cudart = next((p for p in lib if (p / "libcudart_static.a").exists()), None)
+    if cudart is None:
+        raise BuildError(f"libcudart_static.a was not found in {cuda}: {INSTALL_NVCC}")
+    oldest = next(iter(TARGETS))
+    gencode = []
+    for real, virtual in TARGETS.items():
+        code = f"{real},{virtual}" if real == oldest else real
+        gencode += ["-gencode", f"arch={virtual},code=[{code}]"]
+    host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    host += ["-Werror"] if strict else []
+    nvcc = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *gencode]
+    nvcc += ["-ccbin", shlex.quote(tools.cxx), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    nvcc += ["-Werror", "all-warnings"] if strict else []
+    q = lambda path: shlex.quote(str(path)).replace("$", "$$")
+    system = lambda *folders: [w for folder in folders for w in ("-isystem", q(folder))]
+    link = ["-shared", "-Wl,--as-needed,-s,--exclude-libs,ALL", f"-L{q(cudart)}"]
+    link += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    link += ["-Wl,--no-as-needed", f"-L{q(torch / 'lib')}", "-ltorch", "-ltorch_cpu"]
+    python = [pybind11.get_include(), sysconfig.get_path("include")]
+    return {
+        "job": [q(sys.executable), q(CSRC / "build.py"), "--job"],
+        "nvcc": [q(tools.nvcc)],
+        "cxx": [q(tools.cxx)],
+        "nvccflags": [*nvcc, f"-I{q(CSRC)}"],
+        "cxxflags": [*host, STABLE_ABI, *system(torch / "include", cuda / "include"),
+                     f"-I{q(CSRC)}"],
+        "moduleflags": ["-shared", "-s", *host, *system(*python), f"-I{q(out)}"],
+        "linkflags": link,
+    }  # fmt: skip
+
+
+def _ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _ninja(out: Path, target: str) -> None:
@@ -313,9 +379,13 @@ def _run_job(output: str, command: list[str]) -> int:
     """Runs a compiler; keeps what it says in OUTPUT.log and what it took in OUTPUT.job."""
     start = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     Path(f"{output}.log").write_text(result.stdout + result.stderr)
-    took = {"seconds": round(time.monotonic() - start, 2), "peak_mib": round(peak)}
+    took = {
+        "seconds": round(time.monotonic() - start, 2),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "peak_mib": round(used.ru_maxrss / 1024),
+    }
     Path(f"{output}.job").write_text(json.dumps(took))
     if result.returncode != 0:
         print(result.stdout, result.stderr, sep="\n", file=sys.stderr)

@@ -35,10 +35,15 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [f"{self.op}: {self.chosen or 'no backend'}"]
-        for impl, reason in self.reasons.items():
-            note = "chosen" if impl == self.chosen else reason or "available, slower or equal"
-            rows.append(f"  {impl:<6} {note}")
+        for impl in self.reasons:
+            rows.append(f"  {impl:<6} {self.note(impl)}")
         return "\n".join(rows)
+
+    def note(self, impl: Impl) -> str:
+        """What a reader wants to know of one backend."""
+        if impl == self.chosen:
+            return "chosen"
+        return self.reasons[impl] or f"available as impl={impl!r}"
 
 
 class _Explained(Exception):

@@ -19,6 +19,7 @@ from tiers import pytest_sessionfinish as finish_tiers
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+SANITIZED = os.environ.get("FASTLM_SIMT_SANITIZED") == "1"
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any import
@@ -41,18 +42,40 @@ def _seeded():
     torch.set_num_threads(1)
 
 
+def _is_simulated(item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return not HAS_GPU and params.get("impl") == "cuda"
+
+
 @pytest.fixture(autouse=True)
 def _simulated(request):
     """Loads the host build for a test of impl="cuda", in one of its modes: by the test's name, so
     that the tests spread over all."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if not HAS_GPU and params.get("impl") == "cuda":
+    if _is_simulated(request.node):
         import simt_build
 
-        simt_build.load(sanitized=os.environ.get("FASTLM_SIMT_SANITIZED") == "1")
+        simt_build.load(sanitized=SANITIZED)
         modes = simt_build.MODES
         name = zlib.crc32(request.node.nodeid.encode())
         simt_build.configure(*modes[name % len(modes)], seed=name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs the tests marked `sanitized`, which together meet every CUDA C++ kernel, in each mode
+    of the host build, before they run once more in their own."""
+    if not _is_simulated(pyfuncitem) or SANITIZED or not pyfuncitem.get_closest_marker("sanitized"):
+        return
+    import simt_build
+
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    for mode in simt_build.MODES:
+        print("host build:", *mode)  # the last line names the mode of a failure
+        simt_build.configure(*mode, seed=zlib.crc32(pyfuncitem.nodeid.encode()))
+        torch.manual_seed(0)
+        pyfuncitem.obj(**arguments)
+    torch.manual_seed(0)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -20,7 +20,8 @@ from fastlm.testing import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IMPLS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+IMPLS = ["torch", *KERNELS]
 OPS = ["bias_act", "glu", "ffn", "gated_ffn"]
 SEED = 0x1234_5678_9ABC_DEF0
 
@@ -82,7 +83,7 @@ def run_oracle(op, impl, inputs, **options):
         )
 
 
-def grads_of(op, inputs, impl="triton", dy=None, **options):
+def grads_of(op, inputs, impl, dy=None, **options):
     """The output and every gradient, with dy all ones unless given."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     y = getattr(fastlm, op)(**leaves, impl=impl, **options)
@@ -129,29 +130,32 @@ def test_bias_act_sums_dbias_over_many_tiles(dropout_p, impl, device):
     run_oracle("bias_act", impl, inputs, activation="relu", dropout_p=dropout_p)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FFN_LARGE)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_shapes_large(op, shape, dtype, device):
+def test_ffn_shapes_large(op, shape, dtype, impl, device):
     s = FFN_LARGE[shape]
     inputs = make_inputs(op, s.rows, s.dim, s.hidden_dim, dtype, device)
-    run_oracle(op, "triton", inputs, **options_of(op))
+    run_oracle(op, impl, inputs, **options_of(op))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_repeats_bitwise_large(op, device):
+def test_ffn_repeats_bitwise_large(op, impl, device):
     inputs = make_inputs(op, 4099, 512, 2048, torch.bfloat16, device)
-    expected = grads_of(op, inputs, **options_of(op))
+    expected = grads_of(op, inputs, impl, **options_of(op))
     for _ in range(100):
-        assert all_equal(grads_of(op, inputs, **options_of(op)), expected)
+        assert all_equal(grads_of(op, inputs, impl, **options_of(op)), expected)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.gpu
-def test_bias_act_in_a_cuda_graph_follows_the_seed(device):
+def test_bias_act_in_a_cuda_graph_follows_the_seed(impl, device):
     x, seed = torch.ones(64, 256, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    run = lambda: fastlm.bias_act(x, activation="relu", dropout_p=0.5, seed=seed, impl="triton")
+    run = lambda: fastlm.bias_act(x, activation="relu", dropout_p=0.5, seed=seed, impl=impl)
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -243,18 +247,20 @@ def test_bias_act_extreme_inputs(activation, impl, device):
     assert y[0, [2, 4]].abs().max() < 1e-20 and dx[0, [2, 4]].abs().max() < 1e-20
 
 
-def test_gelu_tanh_gradient_where_the_square_overflows(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_gelu_tanh_gradient_where_the_square_overflows(impl, device):
     x = torch.tensor([[3e38, -3e38, 1e20, -1e20]], device=device)
-    y, dx = grads_of("bias_act", {"x": x}, "triton", activation="gelu_tanh")
+    y, dx = grads_of("bias_act", {"x": x}, impl, activation="gelu_tanh")
     assert torch.equal(y, F.relu(x)) and dx.tolist() == [[1.0, 0.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_bias_act_drops_the_same_elements_on_every_backend(p, device):
+def test_bias_act_drops_the_same_elements_on_every_backend(p, impl, device):
     x = randn(37, 70, device=device).abs() + 1
     runs = [
-        grads_of("bias_act", {"x": x}, impl, activation="relu", dropout_p=p, seed=seed)
-        for impl, seed in (("torch", SEED), ("triton", SEED), ("triton", SEED + 1))
+        grads_of("bias_act", {"x": x}, each, activation="relu", dropout_p=p, seed=seed)
+        for each, seed in (("torch", SEED), (impl, SEED), (impl, SEED + 1))
     ]
     assert all_equal(runs[0], runs[1])
     assert torch.equal(runs[1][0] == 0, runs[1][1] == 0)  # the backward replays the mask
@@ -325,9 +331,10 @@ def test_ffn_autocast_leaves_fp64_alone():
         assert fastlm.ffn(**inputs).dtype == torch.float64
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_layouts_are_bitwise_equal(op, layout, device):
+def test_ffn_layouts_are_bitwise_equal(op, layout, impl, device):
     inputs = small(op, device=device)
     y = getattr(fastlm, op)(**inputs, **options_of(op))
     dy = randn(*y.shape, device=device, seed=9)
@@ -335,44 +342,58 @@ def test_ffn_layouts_are_bitwise_equal(op, layout, device):
     for what in values:
         if layout == "expanded":
             values[what] = values[what][:1].expand(values[what].shape).clone()
-        expected = grads_of(op, **_split(values), **options_of(op))
+        expected = grads_of(op, impl=impl, **_split(values), **options_of(op))
         changed = values | {what: with_layout(values[what], layout)}
-        assert all_equal(grads_of(op, **_split(changed), **options_of(op)), expected), what
+        actual = grads_of(op, impl=impl, **_split(changed), **options_of(op))
+        assert all_equal(actual, expected), what
 
 
 def _split(values):
     return {"inputs": {n: t for n, t in values.items() if n != "dy"}, "dy": values["dy"]}
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_leading_dimensions_are_rows(op, device):
+def test_ffn_leading_dimensions_are_rows(op, impl, device):
     inputs = small(op, device=device)
-    y, *grads = grads_of(op, inputs, **options_of(op))
+    y, *grads = grads_of(op, inputs, impl, **options_of(op))
     rows = ("x", "gate", "up")
     deep = {n: t.view(2, 1, 3, -1) if n in rows else t for n, t in inputs.items()}
-    y_deep, *grads_deep = grads_of(op, deep, **options_of(op))
+    y_deep, *grads_deep = grads_of(op, deep, impl, **options_of(op))
     assert y_deep.shape[:-1] == (2, 1, 3) and torch.equal(y_deep.flatten(0, -2), y)
     assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip(grads_deep, grads, strict=True))
     row = {n: t[0] if n in rows else t for n, t in inputs.items()}
-    assert grads_of(op, row, **options_of(op))[0].shape == y.shape[1:]
+    assert grads_of(op, row, impl, **options_of(op))[0].shape == y.shape[1:]
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("op", ["bias_act", "glu"])
+def test_ffn_results_may_be_written_to(op, impl, device):
+    """Autograd forbids it for a view that an autograd function returns."""
+    leaves = [t.requires_grad_() for t in small(op, device=device).values()]
+    run = lambda: getattr(fastlm, op)(*leaves, **options_of(op), impl=impl)
+    expected = torch.autograd.grad(run().mul(2).sum(), leaves)
+    assert all_equal(torch.autograd.grad(run().mul_(2).sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_gradient_of_sum_is_expanded(op, device):
+def test_ffn_gradient_of_sum_is_expanded(op, impl, device):
     inputs = {n: t.requires_grad_() for n, t in small(op, device=device).items()}
-    fn = lambda: getattr(fastlm, op)(**inputs, **options_of(op), impl="triton")
+    fn = lambda: getattr(fastlm, op)(**inputs, **options_of(op), impl=impl)
     expected = torch.autograd.grad(fn(), list(inputs.values()), torch.ones_like(fn()))
     assert all_equal(torch.autograd.grad(fn().sum(), list(inputs.values())), expected)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_backward_twice_and_inputs_unmodified(op, recompute, device):
+def test_ffn_backward_twice_and_inputs_unmodified(op, recompute, impl, device):
     inputs = small(op, device=device)
     before = {n: t.clone() for n, t in inputs.items()}
     leaves = [t.requires_grad_() for t in inputs.values()]
     more = {"recompute": recompute} if op.endswith("ffn") else {}
-    y = getattr(fastlm, op)(**inputs, **options_of(op), **more, impl="triton")
+    y = getattr(fastlm, op)(**inputs, **options_of(op), **more, impl=impl)
     dy = randn(*y.shape, device=device, seed=9)
     first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
     assert all_equal(first, second)
@@ -389,10 +410,11 @@ def test_ffn_empty_batch(op, impl, device):
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_frozen_inputs_change_no_other_gradient(op, device):
+def test_ffn_frozen_inputs_change_no_other_gradient(op, impl, device):
     inputs = small(op, device=device)
-    expected = dict(zip(inputs, grads_of(op, inputs, **options_of(op))[1:], strict=True))
+    expected = dict(zip(inputs, grads_of(op, inputs, impl, **options_of(op))[1:], strict=True))
     for trained in itertools.product([False, True], repeat=len(inputs)):
         choices = [{}, {"recompute": True}] if op.endswith("ffn") and sum(trained) == 1 else [{}]
         for more in choices if any(trained) else []:
@@ -400,7 +422,7 @@ def test_ffn_frozen_inputs_change_no_other_gradient(op, device):
                 n: t.detach().requires_grad_(on)
                 for (n, t), on in zip(inputs.items(), trained, strict=True)
             }
-            getattr(fastlm, op)(**leaves, **options_of(op), **more, impl="triton").sum().backward()
+            getattr(fastlm, op)(**leaves, **options_of(op), **more, impl=impl).sum().backward()
             for name, leaf in leaves.items():
                 if leaf.requires_grad:
                     assert torch.equal(leaf.grad, expected[name]), (name, trained)
@@ -417,15 +439,16 @@ class _CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("op, trained, products", [
     ("ffn", ["x"], 2), ("ffn", ["b2"], 0), ("ffn", ["w2"], 1), ("ffn", ["b1"], 1),
     ("ffn", ["w1"], 2), ("ffn", ["x", "w1", "b1", "w2", "b2"], 4),
     ("gated_ffn", ["x"], 3), ("gated_ffn", ["w_down"], 1), ("gated_ffn", ["w_gate"], 2),
     ("gated_ffn", ["x", "w_gate", "w_up", "w_down"], 6),
 ])  # fmt: skip
-def test_ffn_frozen_weights_cost_no_product(op, trained, products, device):
+def test_ffn_frozen_weights_cost_no_product(op, trained, products, impl, device):
     inputs = {n: t.requires_grad_(n in trained) for n, t in small(op, device=device).items()}
-    loss = getattr(fastlm, op)(**inputs, impl="triton").sum()
+    loss = getattr(fastlm, op)(**inputs, impl=impl).sum()
     with _CountProducts() as mode:
         loss.backward()
     assert mode.count == products
@@ -452,23 +475,25 @@ def test_ffn_recompute_saves_its_inputs_alone(op, impl, device):
     assert len(saved) <= len(allowed)
 
 
-def test_ffn_saves_the_preactivation_alone(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_ffn_saves_the_preactivation_alone(impl, device):
     inputs = {n: t.requires_grad_() for n, t in small("ffn", device=device).items()}
-    run = lambda: fastlm.ffn(**inputs, dropout_p=0.1, impl="triton")
+    run = lambda: fastlm.ffn(**inputs, dropout_p=0.1, impl=impl)
     assert saved_by(run) == [(), (6, 12), (6, 20), (12, 20), (20,), (20, 12)]
     for name in ("w1", "b1", "w2", "b2"):
         inputs[name].requires_grad_(False)
     assert saved_by(run) == [(), (6, 20), (12, 20), (20,), (20, 12)]  # x is not kept for dx
     inputs = {n: t.requires_grad_() for n, t in small("gated_ffn", device=device).items()}
-    run = lambda: fastlm.gated_ffn(**inputs, impl="triton")
+    run = lambda: fastlm.gated_ffn(**inputs, impl=impl)
     assert saved_by(run) == [(6, 12), (6, 20), (6, 20), (12, 20), (20, 12), (20, 12)]
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_no_grad_saves_nothing(op, device):
+def test_ffn_no_grad_saves_nothing(op, impl, device):
     inputs = {n: t.requires_grad_() for n, t in small(op, device=device).items()}
     with torch.no_grad():
-        saved = saved_by(lambda: getattr(fastlm, op)(**inputs, **options_of(op), impl="triton"))
+        saved = saved_by(lambda: getattr(fastlm, op)(**inputs, **options_of(op), impl=impl))
     assert saved == []
 
 
@@ -491,10 +516,11 @@ def test_ffn_compiles_fullgraph(op, dynamic, impl, device):
     assert all_equal(actual, expected)
 
 
-def test_ffn_opcheck(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_ffn_opcheck(impl, device):
     x, bias = randn(4, 20, device=device), randn(20, device=device, dtype=torch.float16)
     seed = torch.full((), SEED, device=device)
-    ops = torch.ops.fastlm
+    ops = torch.ops.fastlm if impl == "triton" else torch.ops.fastlm_cuda
     for args in ((x, bias, seed, "gelu", 0.5), (x, None, None, "relu", 0.0)):
         torch.library.opcheck(ops.bias_act_fwd.default, args)
         for need in ((True, True, True), (True, False, False), (False, True, False)):
@@ -505,15 +531,16 @@ def test_ffn_opcheck(device):
         torch.library.opcheck(ops.glu_bwd.default, (x, x, x.half(), "silu", *need))
 
 
-def test_ffn_rows_past_int32_offsets(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_ffn_rows_past_int32_offsets(impl, device):
     # Three rows 2**30 elements apart: the storage is committed lazily, few pages are touched.
     big = torch.empty(2**31 + 64, device=device, dtype=torch.float16)
     x = big.as_strided((3, 64), (2**30, 1))
     x.copy_(randn(3, 64))
     for op, inputs in (("bias_act", {"x": x}), ("glu", {"gate": x, "up": x})):
         near = {n: t.contiguous() for n, t in inputs.items()}
-        assert all_equal(grads_of(op, inputs, activation="silu"),
-                         grads_of(op, near, activation="silu"))  # fmt: skip
+        assert all_equal(grads_of(op, inputs, impl, activation="silu"),
+                         grads_of(op, near, impl, activation="silu"))  # fmt: skip
 
 
 def test_ffn_explain(device):
@@ -539,10 +566,6 @@ NAMES = "'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu', 'quick_gelu'"
     ("bias_act", {"activation": None}, f"bias_act: activation must be one of {NAMES}, got None"),
     ("bias_act", {"dropout_p": -0.5},
      "bias_act: dropout_p must be a number from 0 to 1, got -0.5"),
-    ("bias_act", {"impl": "cuda"},
-     "bias_act: fastlm has no cuda kernel for bias_act; use impl='torch'"),
-    ("bias_act", {"bias": torch.ones(20).double(), "impl": "triton"},
-     "bias_act: impl='triton' computes in fp32 and does not take a float64 bias; use impl='torch'"),
     ("glu", {"up": torch.ones(6, 1)}, "glu: up must have shape of gate = (6, 20), got (6, 1)"),
     ("glu", {"up": None}, "glu: up must be a tensor, got NoneType"),
     ("glu", {"activation": "glu"}, f"glu: activation must be one of {NAMES}, got 'glu'"),
@@ -569,3 +592,13 @@ def test_ffn_errors(op, change, message):
     options = {"activation": "gelu"}
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
         getattr(fastlm, op)(**{**small(op), **options, **change})
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_ffn_kernels_refuse_fp64(impl, device):
+    for op, name in (("bias_act", "bias"), ("glu", "up"), ("ffn", "b1"), ("gated_ffn", "w_up")):
+        inputs = small(op, device=device)
+        inputs[name] = inputs[name].double()
+        message = f"{op}: impl='{impl}' computes in fp32 and does not take a float64 {name}"
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            getattr(fastlm, op)(**inputs, **options_of(op), impl=impl)

@@ -81,7 +81,7 @@ def test_layer_isinstance_of_torch():
     assert isinstance(layers.MultiheadAttention(4, 2), nn.MultiheadAttention)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case", ["LayerNorm", "LayerNorm_no_bias", "LayerNorm_2d", "LayerNorm_plain"]
@@ -91,7 +91,7 @@ def test_layer_norm_parity(case, dtype, impl):
     check_modules(build(layers, case, impl=impl), randomize(build(nn, case)), x, dtype=dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["RMSNorm", "RMSNorm_2d"])
 def test_rms_norm_parity(case, dtype, impl):
@@ -155,7 +155,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_parity(activation, bias, impl):
@@ -164,7 +164,7 @@ def test_feed_forward_parity(activation, bias, impl):
     check_modules(ours, theirs, {"x": randn(2, 5, 8)})
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_feed_forward_parity(activation, impl):
     class Torch(layers.GatedFeedForward):

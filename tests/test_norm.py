@@ -20,7 +20,8 @@ from fastlm.testing import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IMPLS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+IMPLS = ["torch", *KERNELS]
 SEED = 0x1234_5678_9ABC_DEF0
 
 
@@ -58,14 +59,15 @@ def test_norm_shapes(op, shape, dtype, impl, device):
     run_oracle(op, impl, norm_inputs(op, s.rows, s.cols, dtype, device))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_LARGE)
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
-def test_norm_shapes_large(op, shape, dtype, device):
+def test_norm_shapes_large(op, shape, dtype, impl, device):
     s = NORM_LARGE[shape]
     inputs = norm_inputs(op, s.rows, s.cols, dtype, device, residual=True)
-    run_oracle(op, "triton", inputs, dropout_p=0.1, prenorm=True)
+    run_oracle(op, impl, inputs, dropout_p=0.1, prenorm=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -159,9 +161,10 @@ def test_norm_gradcheck(op, options, prenorm):
     assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in tensors])
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("what", ["x", "residual", "dy"])
-def test_layer_norm_layouts_are_bitwise_equal(what, layout, device):
+def test_layer_norm_layouts_are_bitwise_equal(what, layout, impl, device):
     inputs = norm_inputs("layer_norm", 6, 20, torch.float32, device, residual=True)
     inputs["dy"] = randn(6, 20, device=device, seed=4)
     if layout == "expanded":
@@ -170,7 +173,7 @@ def test_layer_norm_layouts_are_bitwise_equal(what, layout, device):
     def grads(values):
         dy = values.pop("dy")
         leaves = {n: t.detach().requires_grad_() for n, t in values.items()}
-        y = fastlm.layer_norm(**leaves, impl="triton")
+        y = fastlm.layer_norm(**leaves, impl=impl)
         return y, *torch.autograd.grad(y, list(leaves.values()), dy)
 
     expected = grads(dict(inputs))
@@ -178,18 +181,20 @@ def test_layer_norm_layouts_are_bitwise_equal(what, layout, device):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_layer_norm_expanded_gradient_of_sum(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_layer_norm_expanded_gradient_of_sum(impl, device):
     x = randn(6, 20, device=device).requires_grad_()
-    fastlm.layer_norm(x, impl="triton").sum().backward()
+    fastlm.layer_norm(x, impl=impl).sum().backward()
     assert x.grad.abs().max() < 1e-5  # the sum of a normalised row does not move
 
 
-def test_layer_norm_twice_and_inputs_unmodified(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_layer_norm_twice_and_inputs_unmodified(impl, device):
     i = norm_inputs("layer_norm", 6, 20, torch.float32, device, residual=True)
     before = {n: t.clone() for n, t in i.items()}
     leaves = {n: t.requires_grad_() for n, t in i.items()}
     dy = randn(6, 20, device=device, seed=4)
-    y = fastlm.layer_norm(**leaves, dropout_p=0.5, seed=SEED, impl="triton")
+    y = fastlm.layer_norm(**leaves, dropout_p=0.5, seed=SEED, impl=impl)
     first, second = (
         torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True) for _ in range(2)
     )
@@ -208,32 +213,35 @@ def test_layer_norm_empty_batch(shape, impl, device):
     assert y.shape == x.grad.shape == shape and not weight.grad.any()
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "residual"])
-def test_layer_norm_frozen_inputs(frozen, device):
+def test_layer_norm_frozen_inputs(frozen, impl, device):
     inputs = norm_inputs("layer_norm", 5, 24, torch.float32, device, residual=True)
     check_against_reference(
-        lambda **kw: fastlm.layer_norm(**kw, impl="triton"),
+        lambda **kw: fastlm.layer_norm(**kw, impl=impl),
         reference.layer_norm,
         inputs,
         frozen=(frozen,),
     )
 
 
-def test_layer_norm_no_grad_saves_nothing(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_layer_norm_no_grad_saves_nothing(impl, device):
     inputs = norm_inputs("layer_norm", 5, 24, torch.float32, device, residual=True)
     inputs["x"].requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         with torch.no_grad():
-            y = fastlm.layer_norm(**inputs, impl="triton")
+            y = fastlm.layer_norm(**inputs, impl=impl)
     assert not saved and not y.requires_grad
 
 
-def test_layer_norm_seed(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_layer_norm_seed(impl, device):
     x = torch.ones(64, 32, device=device)
     masks = [
-        fastlm.layer_norm(x, dropout_p=0.5, seed=s, prenorm=True, impl=impl)[1]
-        for s, impl in ((1, "torch"), (1, "triton"), (2, "triton"))
+        fastlm.layer_norm(x, dropout_p=0.5, seed=s, prenorm=True, impl=by)[1]
+        for s, by in ((1, "torch"), (1, impl), (2, impl))
     ]
     assert torch.equal(masks[0], masks[1])  # the same bits on every backend
     assert not torch.equal(masks[1], masks[2])
@@ -282,24 +290,27 @@ def test_norm_autocast_is_torchs(op, impl, device):
         assert weight.grad.dtype == torch.float32
 
 
-def test_norm_opcheck(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_norm_opcheck(impl, device):
+    ops = {"triton": torch.ops.fastlm, "cuda": torch.ops.fastlm_cuda}[impl]
     x = randn(4, 20, device=device)
     seed = torch.full((), SEED, device=device)
     fwd = (x, x, x[0], x[1], seed, 1e-5, 0.5, "layer", torch.float32, True)
-    torch.library.opcheck(torch.ops.fastlm.norm_fwd.default, fwd)
-    y, z, mean, rstd = torch.ops.fastlm.norm_fwd(*fwd)
+    torch.library.opcheck(ops.norm_fwd.default, fwd)
+    y, z, mean, rstd = ops.norm_fwd(*fwd)
     f32 = torch.float32
     bwd = (y, None, z, x[0], mean, rstd, seed, 0.5, "layer", f32, f32, f32, None)
-    torch.library.opcheck(torch.ops.fastlm.norm_bwd.default, bwd)
+    torch.library.opcheck(ops.norm_bwd.default, bwd)
 
 
-def test_norm_rows_past_int32_offsets(device):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_norm_rows_past_int32_offsets(impl, device):
     # Three rows 2**30 elements apart: the storage is committed lazily, three pages are touched.
     big = torch.empty(2**31 + 64, device=device, dtype=torch.float16)
     x = big.as_strided((3, 64), (2**30, 1))
     x.copy_(randn(3, 64))
     assert torch.equal(
-        fastlm.layer_norm(x, impl="triton"), fastlm.layer_norm(x.contiguous(), impl="triton")
+        fastlm.layer_norm(x, impl=impl), fastlm.layer_norm(x.contiguous(), impl=impl)
     )
 
 
@@ -320,14 +331,17 @@ def test_norm_rows_past_int32_offsets(device):
      "layer_norm: seed must be an int or an int64 tensor of one element, got float"),
     ({"impl": "fast"},
      "layer_norm: impl must be None, 'cuda', 'triton' or 'torch', got 'fast'"),
-    ({"impl": "cuda"},
-     "layer_norm: fastlm has no cuda kernel for layer_norm; use impl='torch'"),
-    ({"x": torch.ones(2, 8).double(), "impl": "triton"},
-     "layer_norm: impl='triton' computes in fp32 and does not take a float64 x; use impl='torch'"),
 ])  # fmt: skip
 def test_layer_norm_errors(change, message):
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
         fastlm.layer_norm(**{"x": torch.ones(2, 8), **change})
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_norm_kernels_refuse_float64(impl, device):
+    message = f"rms_norm: impl={impl!r} computes in fp32 and does not take a float64 weight; use"
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        fastlm.rms_norm(randn(2, 8, device=device), torch.ones(8).double().to(device), impl=impl)
 
 
 def test_rms_norm_casting_error():

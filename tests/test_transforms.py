@@ -104,14 +104,16 @@ CASES = {
         DROPOUT,
     ),
 }
-# impl="triton" where there is a kernel
 TORCH_ALONE = ("linear_cross_entropy", "rotary", "embedding")
-CALLS = [
-    (name, impl)
-    for name in CASES
-    for impl in ("triton", "torch")
-    if impl == "torch" or name.split("-")[0] not in TORCH_ALONE
-]
+WITH_CUDA = ("layer_norm", "rms_norm", "bias_act", "glu", "ffn", "gated_ffn")
+
+
+def backends_of(op):
+    kernels = ("triton", "cuda") if op in WITH_CUDA else ("triton",)
+    return ("torch",) if op in TORCH_ALONE else (*kernels, "torch")
+
+
+CALLS = [(name, impl) for name in CASES for impl in backends_of(name.split("-")[0])]
 
 
 def op_of(name, impl, options):
@@ -166,7 +168,7 @@ def in_fp64(tensors):
     return {n: x.double() if n in floats(tensors) else x for n, x in tensors.items()}
 
 
-@pytest.mark.parametrize("name,impl", [c for c in CALLS if c[1] == "triton"])
+@pytest.mark.parametrize("name,impl", [c for c in CALLS if c[1] != "torch"])
 def test_first_gradients_are_the_kernels_with_a_graph_too(name, impl, device):
     tensors, options = moved(name, device)
     leaves = [tensors[n].requires_grad_() for n in floats(tensors)]
@@ -218,11 +220,11 @@ def test_vmap_and_jvp_are_right_or_refused(name, impl, device):
     }
     run, reference = op_of(name, impl, options), reference_of(name, options)
     for kind, transform in transforms.items():
-        if impl == "triton":
+        if impl != "torch":
             with pytest.raises(NotImplementedError) as error:
                 transform(*along_first(run, tensors))
             op = name.split("-")[0]
-            assert str(error.value) == f"{op}: impl='triton' {TRANSFORM_REFUSAL}; use impl='torch'"
+            assert str(error.value) == f"{op}: impl='{impl}' {TRANSFORM_REFUSAL}; use impl='torch'"
             continue
         actual, same, gold = (
             transform(*along_first(fn, inputs))

@@ -43,6 +43,23 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
+// 16 bytes, aligned.
+__device__ inline uint4 load_16(const void* global) {
+#ifdef FASTLM_SIMT
+  return simt::load_16(global);
+#else
+  return *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ inline void store_16(void* global, uint4 x) {
+#ifdef FASTLM_SIMT
+  simt::store_16(global, x);
+#else
+  *static_cast<uint4*>(global) = x;
+#endif
+}
+
 // 16 bytes that are used once: the hint leaves the caches to what is used again.
 __device__ inline uint4 load_16_once(const void* global) {
 #ifdef FASTLM_SIMT

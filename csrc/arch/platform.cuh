@@ -34,7 +34,9 @@ __device__ inline T* shared_memory() {
 // Hides from the compiler what it knows of x: what follows from x is then computed where it is used,
 // and not before a loop, to wait in registers.
 __device__ inline void forget(int& x) {
-#ifndef FASTLM_SIMT
+#ifdef FASTLM_SIMT
+  (void)x;
+#else
   asm volatile("" : "+r"(x));
 #endif
 }

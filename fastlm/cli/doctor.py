@@ -17,6 +17,7 @@ import subprocess
 import torch
 
 import fastlm
+from fastlm import cuda_library
 from fastlm.bench.machine import cpu_name
 from fastlm.cli._options import add_device, device_of
 from fastlm.cli._samples import sample_calls
@@ -50,6 +51,7 @@ def machine() -> list[tuple[str, str]]:
         ("torch", _torch()),
         ("triton", _version("triton") or "not installed: Triton kernels cannot run"),
         ("nvcc", _nvcc()),
+        ("cuda library", _cuda_library()),
         ("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads"),
     ]
     rows += [(f"gpu {i}" if i else "gpu", text) for i, text in enumerate(_gpus())]
@@ -69,8 +71,8 @@ def backends(device: torch.device) -> list[tuple[str, str, list[str]]]:
         args, kwargs = calls[name]()
         explanation = fastlm.explain(_EXPLAINED_AS.get(name, name), *args, **kwargs)
         notes = [
-            f"{impl}: {reason or 'available, slower or equal'}"
-            for impl, reason in explanation.reasons.items()
+            f"{impl}: {explanation.note(impl)}"
+            for impl in explanation.reasons
             if impl != explanation.chosen
         ]
         rows.append((name, str(explanation.chosen), notes))
@@ -104,6 +106,24 @@ def _nvcc() -> str:
         return f"{nvcc} does not run: {error}"
     release = re.search(r"release ([\d.]+)", answer.stdout)
     return f"{release.group(1) if release else 'unknown version'} at {nvcc}"
+
+
+def _cuda_library() -> str:
+    """What the library of CUDA C++ kernels was built by and for, or what to do about it."""
+    if (reason := cuda_library.unavailable()) is not None:
+        return reason.removeprefix("its library is ").removeprefix("its library ")
+    try:
+        from fastlm import _C
+    except ImportError:  # one file for each Python, where the library is for all
+        return f"loads; built by another Python, facts unknown (to rebuild: {cuda_library.BUILD})"
+    info = _C.build_info()
+    if info["version"] != fastlm.__version__:
+        return f"of fastlm {info['version']}; rebuild it: {cuda_library.BUILD}"
+    kernels = len({row["kernel"] for row in _C.kernels()})
+    return (
+        f"loads; {kernels} kernels for {', '.join(info['targets'])} and newer, built by nvcc "
+        f"{info['nvcc']} and {info['host_compiler']} with torch {info['torch']}"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,16 @@
-"""Contracts of bias_act and glu, and the autograd functions over them."""
+"""Contracts of bias_act and glu, and the autograd functions over them.
+
+The last input of each function is the backend whose contracts it calls.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from fastlm.ops._library import contract
+from fastlm.ops._library import contract, cuda_contract
 from fastlm.ops._rows import as_rows, in_shape
 from fastlm.ops._transforms import gradients
 from fastlm.reference import ffn as reference
@@ -88,33 +93,49 @@ def glu_bwd(
     return ffn.glu_bwd(dy, gate, up, activation, need_dgate, need_dup, need_y)
 
 
+# Forward and backward, by backend.
+_BIAS_ACT = {
+    "triton": (bias_act_fwd, bias_act_bwd),
+    "cuda": (
+        cuda_contract(bias_act_fwd, _bias_act_fwd_fake),
+        cuda_contract(bias_act_bwd, _bias_act_bwd_fake),
+    ),
+}
+_GLU = {
+    "triton": (glu_fwd, glu_bwd),
+    "cuda": (cuda_contract(glu_fwd, _glu_fwd_fake), cuda_contract(glu_bwd, _glu_bwd_fake)),
+}
+
+
 class BiasAct(torch.autograd.Function):
-    """(x, bias, seed, activation, dropout_p) -> y."""
+    """(x, bias, seed, activation, dropout_p, impl) -> y."""
 
     @staticmethod
     def forward(*inputs):
-        x, *rest = inputs
-        return in_shape(bias_act_fwd(as_rows(x), *rest), x.shape)
+        x, *rest, impl = inputs
+        forward, _ = _BIAS_ACT[impl]
+        return in_shape(forward(as_rows(x), *rest), x.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, bias, seed, *ctx.options = inputs
+        x, bias, seed, *ctx.options, ctx.impl = inputs
         ctx.save_for_backward(x, bias, seed)
 
     @staticmethod
     def backward(ctx, dy):
         x, bias, seed = ctx.saved_tensors
         grads = gradients(
-            _bias_act_gradients, _bias_act_reference, (dy,), (x, bias), (seed,), ctx.options,
-            ctx.needs_input_grad[:2],
+            partial(_bias_act_gradients, ctx.impl), _bias_act_reference, (dy,), (x, bias), (seed,),
+            ctx.options, ctx.needs_input_grad[:2],
         )  # fmt: skip
-        return *grads, None, None, None
+        return *grads, *[None] * 4
 
 
-def _bias_act_gradients(incoming, inputs, kept, options, needs):
+def _bias_act_gradients(impl, incoming, inputs, kept, options, needs):
     (dy,), (x, bias) = incoming, inputs
     need_dx, need_dbias = needs
-    dx, dbias, _ = bias_act_bwd(
+    _, backward = _BIAS_ACT[impl]
+    dx, dbias, _ = backward(
         as_rows(dy), as_rows(x), bias, *kept, *options, need_dx, need_dbias, False
     )
     return dx.view(x.shape) if need_dx else None, dbias if need_dbias else None
@@ -126,30 +147,32 @@ def _bias_act_reference(inputs, kept, options):
 
 
 class Glu(torch.autograd.Function):
-    """(gate, up, activation) -> y."""
+    """(gate, up, activation, impl) -> y."""
 
     @staticmethod
     def forward(*inputs):
-        gate, up, activation = inputs
-        return in_shape(glu_fwd(as_rows(gate), as_rows(up), activation), gate.shape)
+        gate, up, activation, impl = inputs
+        forward, _ = _GLU[impl]
+        return in_shape(forward(as_rows(gate), as_rows(up), activation), gate.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.activation = inputs
+        *tensors, ctx.activation, ctx.impl = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, dy):
         grads = gradients(
-            _glu_gradients, _glu_reference, (dy,), ctx.saved_tensors, (), (ctx.activation,),
-            ctx.needs_input_grad[:2],
+            partial(_glu_gradients, ctx.impl), _glu_reference, (dy,), ctx.saved_tensors, (),
+            (ctx.activation,), ctx.needs_input_grad[:2],
         )  # fmt: skip
-        return *grads, None
+        return *grads, None, None
 
 
-def _glu_gradients(incoming, inputs, kept, options, needs):
+def _glu_gradients(impl, incoming, inputs, kept, options, needs):
     rows = [as_rows(x) for x in (*incoming, *inputs)]
-    *grads, _ = glu_bwd(*rows, *options, *needs, False)
+    _, backward = _GLU[impl]
+    *grads, _ = backward(*rows, *options, *needs, False)
     return tuple(g.view(inputs[0].shape) if n else None for g, n in zip(grads, needs, strict=True))
 
 
@@ -158,7 +181,8 @@ def _glu_reference(inputs, kept, options):
 
 
 class Ffn(torch.autograd.Function):
-    """(x, w1, b1, w2, b2, seed, activation, dropout_p, recompute) -> (y, h), recomputing (y,).
+    """(x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, impl) -> (y, h), or (y,) if
+    recomputing.
 
     The weights have x's dtype. Saves x where w1 trains, and h = x w1^T unless recomputing; h is an
     output so that gradients of gradients reach x through it.
@@ -166,15 +190,16 @@ class Ffn(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute = inputs
+        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, impl = inputs
+        forward, _ = _BIAS_ACT[impl]
         h = as_rows(F.linear(x, w1))
-        a = bias_act_fwd(h, b1, seed, activation, dropout_p)
+        a = forward(h, b1, seed, activation, dropout_p)
         y = F.linear(a, w2, None if b2 is None else b2.to(a.dtype))
         return in_shape(y, (*x.shape[:-1], w2.shape[0])), *([] if recompute else [h])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute = inputs
+        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, ctx.impl = inputs
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         need_h = need_x or need_w1 or need_b1 or need_w2
         ctx.set_materialize_grads(False)
@@ -198,26 +223,27 @@ class Ffn(torch.autograd.Function):
             if any(needs):
                 h = F.linear(x, w1) if h is None else h
                 tail = gradients(
-                    _ffn_tail_gradients, _ffn_tail_reference, (dy,), (h, b1, w2), (seed,),
-                    ctx.options, needs,
+                    partial(_ffn_tail_gradients, ctx.impl), _ffn_tail_reference, (dy,),
+                    (h, b1, w2), (seed,), ctx.options, needs,
                 )  # fmt: skip
                 dh, db1, dw2 = _sum(dh, tail[0]), *tail[1:]
             db2 = dy.sum(0, dtype=ctx.b2_dtype) if need_b2 else None
         if dh is not None:
             dx = (dh @ w1).view(ctx.shape) if need_x else None
             dw1 = dh.t() @ x if need_w1 else None
-        return dx, dw1, db1, dw2, db2, *[None] * 4
+        return dx, dw1, db1, dw2, db2, *[None] * 5
 
 
-def _ffn_tail_gradients(incoming, inputs, kept, options, needs):
+def _ffn_tail_gradients(impl, incoming, inputs, kept, options, needs):
     """Of h, b1 and w2 in dropout(activation(h + b1)) w2^T."""
     (dy,), (h, b1, w2), (seed,) = incoming, inputs, kept
     need_h, need_b1, need_w2 = needs
+    forward, backward = _BIAS_ACT[impl]
     dh = db1 = None
     if need_h or need_b1:
-        dh, db1, a = bias_act_bwd(dy @ w2, h, b1, seed, *options, *needs)
+        dh, db1, a = backward(dy @ w2, h, b1, seed, *options, *needs)
     else:
-        a = bias_act_fwd(h, b1, seed, *options)
+        a = forward(h, b1, seed, *options)
     return dh if need_h else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
 
 
@@ -227,22 +253,24 @@ def _ffn_tail_reference(inputs, kept, options):
 
 
 class GatedFfn(torch.autograd.Function):
-    """(x, w_gate, w_up, w_down, activation, recompute) -> (y, gate, up), recomputing (y,).
+    """(x, w_gate, w_up, w_down, activation, recompute, impl) -> (y, gate, up), or (y,) if
+    recomputing.
 
     As `Ffn`; the products with w_gate and w_up are what it keeps or computes again.
     """
 
     @staticmethod
     def forward(*inputs):
-        x, w_gate, w_up, w_down, activation, recompute = inputs
+        x, w_gate, w_up, w_down, activation, recompute, impl = inputs
+        forward, _ = _GLU[impl]
         gate, up = as_rows(F.linear(x, w_gate)), as_rows(F.linear(x, w_up))
-        y = F.linear(glu_fwd(gate, up, activation), w_down)
+        y = F.linear(forward(gate, up, activation), w_down)
         y = in_shape(y, (*x.shape[:-1], w_down.shape[0]))
         return (y,) if recompute else (y, gate, up)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w_gate, w_up, w_down, ctx.activation, recompute = inputs
+        x, w_gate, w_up, w_down, ctx.activation, recompute, ctx.impl = inputs
         need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
@@ -261,8 +289,8 @@ class GatedFfn(torch.autograd.Function):
             if gate is None:
                 gate, up = F.linear(x, w_gate), F.linear(x, w_up)
             *tail, dw_down = gradients(
-                _gated_tail_gradients, _gated_tail_reference, (as_rows(dy),), (gate, up, w_down),
-                (), (ctx.activation,), needs,
+                partial(_gated_tail_gradients, ctx.impl), _gated_tail_reference, (as_rows(dy),),
+                (gate, up, w_down), (), (ctx.activation,), needs,
             )  # fmt: skip
             dgate, dup = _sum(dgate, tail[0]), _sum(dup, tail[1])
         parts = [d @ w for d, w in ((dgate, w_gate), (dup, w_up)) if need_x and d is not None]
@@ -270,18 +298,19 @@ class GatedFfn(torch.autograd.Function):
         dx = None if dx is None else dx.view(ctx.shape)
         dw_gate = dgate.t() @ x if need_gate and dgate is not None else None
         dw_up = dup.t() @ x if need_up and dup is not None else None
-        return dx, dw_gate, dw_up, dw_down, None, None
+        return dx, dw_gate, dw_up, dw_down, None, None, None
 
 
-def _gated_tail_gradients(incoming, inputs, kept, options, needs):
+def _gated_tail_gradients(impl, incoming, inputs, kept, options, needs):
     """Of gate, up and w_down in (activation(gate) * up) w_down^T."""
     (dy,), (gate, up, w_down) = incoming, inputs
     need_gate, need_up, need_down = needs
+    forward, backward = _GLU[impl]
     dgate = dup = None
     if need_gate or need_up:
-        dgate, dup, a = glu_bwd(dy @ w_down, gate, up, *options, *needs)
+        dgate, dup, a = backward(dy @ w_down, gate, up, *options, *needs)
     else:
-        a = glu_fwd(gate, up, *options)
+        a = forward(gate, up, *options)
     return dgate if need_gate else None, dup if need_up else None, dy.t() @ a if need_down else None
 
 

@@ -56,9 +56,10 @@ def bias_act(
     require_probability("bias_act", "dropout_p", dropout_p)
     seed = make_seed("bias_act", seed, dropout_p, x.device)
     tensors = {"x": x, "bias": bias}
-    if choose("bias_act", impl, _BACKENDS, x.device, tensors) == "torch":
+    backend = choose("bias_act", impl, _BACKENDS, x.device, tensors)
+    if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
-    return BiasAct.apply(x, _contiguous(bias), seed, activation, float(dropout_p))
+    return BiasAct.apply(x, _contiguous(bias), seed, activation, float(dropout_p), backend)
 
 
 def glu(
@@ -86,9 +87,10 @@ def glu(
     require_device("glu", "up", up, gate.device)
     require_choice("glu", "activation", activation, ACTIVATIONS)
     tensors = {"gate": gate, "up": up}
-    if choose("glu", impl, _BACKENDS, gate.device, tensors) == "torch":
+    backend = choose("glu", impl, _BACKENDS, gate.device, tensors)
+    if backend == "torch":
         return reference.glu(gate, up, activation=activation)
-    return Glu.apply(gate, up, activation)
+    return Glu.apply(gate, up, activation, backend)
 
 
 def ffn(
@@ -146,7 +148,8 @@ def ffn(
             activation=activation, dropout_p=dropout_p, seed=seed, recompute=recompute,
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
-    y, *_ = Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, activation, float(dropout_p), recompute)
+    options = (activation, float(dropout_p), recompute, backend)
+    y, *_ = Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, *options)
     return y
 
 
@@ -195,7 +198,7 @@ def gated_ffn(
     if backend == "torch":
         recompute = recompute and not in_functorch()
         return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
-    y, *_ = GatedFfn.apply(x, *(w.to(x.dtype) for w in weights), activation, recompute)
+    y, *_ = GatedFfn.apply(x, *(w.to(x.dtype) for w in weights), activation, recompute, backend)
     return y
 
 
@@ -220,15 +223,16 @@ def _check_bias(op: str, arg: str, bias, x: torch.Tensor, cols: int, form: str) 
         require_device(op, arg, bias, x.device)
 
 
-def _triton_refuses(tensors: dict[str, torch.Tensor | None]) -> str | None:
+def _kernels_refuse(tensors: dict[str, torch.Tensor | None]) -> str | None:
     for name, t in tensors.items():
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
-# Triton first: one pass over memory where torch composes up to four. Not measured on a GPU yet.
-_BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
+# Kernels first: one pass over memory where torch composes up to four. Not measured on a GPU yet,
+# hence Triton before CUDA C++.
+_BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

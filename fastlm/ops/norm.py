@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,7 @@ from fastlm.ops._check import (
     require_probability,
     require_shape,
 )
-from fastlm.ops._library import contract
+from fastlm.ops._library import contract, cuda_contract
 from fastlm.ops._rows import as_rows, in_shape
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
@@ -93,23 +95,32 @@ def norm_bwd(
     )  # fmt: skip
 
 
+# Forward and backward, by backend.
+_CONTRACTS = {
+    "triton": (norm_fwd, norm_bwd),
+    "cuda": (cuda_contract(norm_fwd, _norm_fwd_fake), cuda_contract(norm_bwd, _norm_bwd_fake)),
+}
+
+
 class _Norm(torch.autograd.Function):
-    """(x, residual, ...) -> (y, mean, rstd, z), without z where it is x itself or nobody needs it.
+    """(x, residual, ..., impl) -> (y, mean, rstd, z), without z where it is x or not needed.
 
     Saves z alone: it depends on x and residual linearly. (None in its place would not compile.)
     """
 
     @staticmethod
     def forward(*inputs):
-        x, residual, *rest = inputs
+        x, residual, *rest, impl = inputs
         flat_residual = None if residual is None else as_rows(residual)
-        y, z, mean, rstd = norm_fwd(as_rows(x), flat_residual, *rest)
+        forward, _ = _CONTRACTS[impl]
+        y, z, mean, rstd = forward(as_rows(x), flat_residual, *rest)
         keep_z = rest[-1]
         return in_shape(y, x.shape), mean, rstd, *([in_shape(z, x.shape)] if keep_z else [])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, seed, ctx.eps, ctx.dropout_p, ctx.kind, ctx.out_dtype, _ = inputs
+        x, residual, weight, bias, seed, *options, ctx.impl = inputs
+        ctx.eps, ctx.dropout_p, ctx.kind, ctx.out_dtype, _ = options
         _, mean, rstd, *z = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd)
@@ -120,7 +131,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy, _mean, _rstd, dz=None):
         z, weight, bias, mean, rstd, seed = ctx.saved_tensors
         if in_create_graph():
-            return *_differentiable_gradients(ctx, dy, dz), *[None] * 6
+            return *_differentiable_gradients(ctx, dy, dz), *[None] * 7
         need = ctx.needs_input_grad[:4]
         wanted = [t if n else None for t, n in zip(ctx.dtypes, need, strict=True)]
         dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = wanted
@@ -128,7 +139,8 @@ class _Norm(torch.autograd.Function):
             dx_dtype = None  # one buffer serves both
         if dy is None:
             dy = torch.zeros_like(z)
-        dz, dx, dweight, dbias = norm_bwd(
+        _, backward = _CONTRACTS[ctx.impl]
+        dz, dx, dweight, dbias = backward(
             as_rows(dy), None if dz is None else as_rows(dz), as_rows(z), weight, mean, rstd, seed,
             ctx.dropout_p, ctx.kind, dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
         )  # fmt: skip
@@ -136,7 +148,7 @@ class _Norm(torch.autograd.Function):
         dx = (dresidual if dx_dtype is None else dx.view(z.shape)) if need[0] else None
         dweight = dweight if need[2] else None
         dbias = dbias if need[3] else None
-        return dx, dresidual, dweight, dbias, *[None] * 6
+        return dx, dresidual, dweight, dbias, *[None] * 7
 
 
 def _differentiable_gradients(ctx, dy, dz) -> tuple[torch.Tensor | None, ...]:
@@ -145,7 +157,7 @@ def _differentiable_gradients(ctx, dy, dz) -> tuple[torch.Tensor | None, ...]:
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
     x_dtype, residual_dtype, *_ = ctx.dtypes
     dz, dweight, dbias = gradients(
-        _z_gradients, _z_reference, (dy, dz), (z, weight, bias), (mean, rstd),
+        partial(_z_gradients, ctx.impl), _z_reference, (dy, dz), (z, weight, bias), (mean, rstd),
         (ctx.kind, ctx.eps, x_dtype, ctx.out_dtype),
         (need_x or need_residual, need_weight, need_bias),
     )  # fmt: skip
@@ -153,12 +165,13 @@ def _differentiable_gradients(ctx, dy, dz) -> tuple[torch.Tensor | None, ...]:
     return dx, dz.to(residual_dtype) if need_residual else None, dweight, dbias
 
 
-def _z_gradients(incoming, inputs, kept, options, needs):
+def _z_gradients(impl, incoming, inputs, kept, options, needs):
     dy, dz = incoming
     z, weight, _ = inputs
     wanted = [t.dtype if n else None for t, n in zip(inputs, needs, strict=True)]
     dz_dtype, *vectors = wanted
-    dz, _, *dvectors = norm_bwd(
+    _, backward = _CONTRACTS[impl]
+    dz, _, *dvectors = backward(
         as_rows(torch.zeros_like(z) if dy is None else dy), None if dz is None else as_rows(dz),
         as_rows(z), weight, *kept, None, 0.0, options[0], dz_dtype, None, *vectors,
     )  # fmt: skip
@@ -264,15 +277,16 @@ def _check_norm(op, x, weight, bias, residual, dropout_p) -> None:
     require_probability(op, "dropout_p", dropout_p)
 
 
-def _triton_refuses(x, weight, bias, residual) -> str | None:
+def _kernels_refuse(x, weight, bias, residual) -> str | None:
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
-# Triton first: one pass over memory where torch composes three. Not measured on a GPU yet.
-_BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
+# Kernels first: one pass over memory where torch composes three. Not measured on a GPU yet, hence
+# Triton before CUDA C++.
+_BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
 
 
 def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, impl):
@@ -293,7 +307,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, _, _, *z = _Norm.apply(
         x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
-        has_z and (prenorm or trains),
+        has_z and (prenorm or trains), backend,
     )  # fmt: skip
     return (y, *(z or [x])) if prenorm else y
 

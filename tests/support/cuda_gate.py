@@ -96,7 +96,10 @@ def broken_rules(row: Row) -> Iterator[str]:
 
 
 # Kernels that promise 16-byte accesses; the others are for what is not aligned, or for few bytes.
-WIDE: tuple[str, ...] = ()
+WIDE: tuple[str, ...] = (
+    r"bias_act_(fwd|bwd)_kernel<\w+, true>",
+    r"glu_(fwd|bwd)_kernel<(float|__half|__nv_bfloat16), true>",
+)
 
 
 def _accesses() -> dict[tuple[str, str], tuple[int, int, int]]:

@@ -25,6 +25,7 @@ _FILES = {
         "test_gpu_check",
     ),
 }
+CUDA_BUILD = Path(__file__).resolve().parents[2] / "build" / "cuda" / "report.json"
 _COUNTS = pytest.StashKey[Counter]()
 
 
@@ -32,14 +33,15 @@ def tier_of(path: Path, params: dict) -> str:
     """The tier of a test in the file `path` with the parameters `params`.
 
     compile, repository: by file. simt: a kernel in CUDA C++ is run, that is `impl` is "cuda", or
-    the file is about its host build. interpreter: a kernel is run, that is `impl` is "triton" or
-    the file is about kernels. reference: the other tests of operators. integration: the rest.
+    the file is about their wrappers or the host build. interpreter: a Triton kernel is run, that
+    is `impl` is "triton" or the file is about kernels. reference: the other tests of operators.
+    integration: the rest.
     """
     stem = path.stem
     for tier, files in _FILES.items():
         if stem in files:
             return tier
-    if params.get("impl") == "cuda" or stem.startswith("test_simt"):
+    if params.get("impl") == "cuda" or stem.startswith(("test_simt", "test_cuda")):
         return "simt"
     if params.get("impl") == "triton" or "kernel" in stem:
         return "interpreter"
@@ -101,5 +103,7 @@ def pytest_terminal_summary(terminalreporter, config):
     counts = config.stash[_COUNTS]
     line = ", ".join(f"{tier} {count}" for tier, count in sorted(counts.items()))
     terminalreporter.write_line(f"passed by tier: {line or 'none'}")
+    if CUDA_BUILD.exists():
+        terminalreporter.write_line(f"build of the CUDA C++ kernels: {CUDA_BUILD.read_text()}")
     for violation in _violations(config):
         terminalreporter.write_line(f"FAILED {violation}", red=True)

@@ -1,0 +1,133 @@
+// fastlm_cuda::bias_act_fwd, bias_act_bwd, glu_fwd and glu_bwd; fastlm/ops/_ffn_functions.py has the
+// contracts.
+#include "../ffn.h"
+
+#include <map>
+#include <tuple>
+
+#include "check.h"
+
+namespace fastlm {
+namespace {
+
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+FfnTensor ffn_tensor(const Tensor& x) {
+  return {data_or_null(x), dtype_of(x.scalar_type()), x.dim() == 2 ? x.stride(0) : 0};
+}
+
+Activation activation_of(const std::string& name) {
+  static const std::map<std::string, Activation> kNames = {
+      {"gelu", Activation::kGelu},   {"gelu_tanh", Activation::kGeluTanh},
+      {"relu", Activation::kRelu},   {"relu2", Activation::kRelu2},
+      {"silu", Activation::kSilu},   {"quick_gelu", Activation::kQuickGelu},
+  };
+  return kNames.at(name);
+}
+
+// Of x's shape, or empty where it is not wanted.
+Tensor new_rows(const Tensor& x, bool wanted, ScalarType dtype) {
+  if (!wanted) return new_empty(x, {0}, dtype);
+  return new_empty(x, {x.size(0), x.size(1)}, dtype);
+}
+
+// torch.promote_types of float32, float16 and bfloat16.
+ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
+// Kernels read dy as what y was, and autograd gives it so.
+FfnTensor incoming(const Tensor& dy, ScalarType dtype) {
+  if (dy.scalar_type() != dtype) throw std::runtime_error("fastlm_cuda: dy must have y's dtype");
+  return ffn_tensor(dy);
+}
+
+BiasAct bias_act_of(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& seed,
+                    const std::string& activation, double dropout_p) {
+  const DropoutArguments dropout(seed, dropout_p);
+  BiasAct call{};
+  call.x = ffn_tensor(x);
+  call.bias = data_of(bias);
+  call.bias_dtype = bias.has_value() ? dtype_of(bias->scalar_type()) : Dtype::kFloat32;
+  call.rows = x.size(0);
+  call.cols = x.size(1);
+  call.activation = activation_of(activation);
+  call.seed = dropout.seed;
+  call.dropout_threshold = dropout.threshold;
+  call.dropout_scale = dropout.scale;
+  return call;
+}
+
+Tensor bias_act_fwd_op(Tensor x, MaybeTensor bias, MaybeTensor seed, std::string activation,
+                       double dropout_p) {
+  const LaunchScope scope(x);
+  Tensor y = new_rows(x, true, x.scalar_type());
+  const BiasActForward forward{bias_act_of(x, bias, seed, activation, dropout_p), ffn_tensor(y)};
+  check(bias_act_fwd(forward, scope.stream()), "bias_act_fwd");
+  return y;
+}
+
+ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor seed,
+                             std::string activation, double dropout_p, bool need_dx,
+                             bool need_dbias, bool need_y) {
+  const LaunchScope scope(x);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t cols = x.size(1);
+  Tensor dx = new_rows(x, need_dx, dtype), y = new_rows(x, need_y, dtype);
+  Tensor dbias = new_empty(x, {need_dbias ? cols : 0}, need_dbias ? bias->scalar_type() : dtype);
+
+  BiasActBackward backward{};
+  backward.call = bias_act_of(x, bias, seed, activation, dropout_p);
+  if (need_dbias) check(bias_act_bwd_groups(backward.call, &backward.groups), "bias_act_bwd");
+  Tensor partials = new_empty(x, {backward.groups, cols}, ScalarType::Float);
+  backward.dy = incoming(dy, dtype);
+  backward.dx = ffn_tensor(dx);
+  backward.y = ffn_tensor(y);
+  backward.dbias = data_or_null(dbias);
+  backward.partials = static_cast<float*>(data_or_null(partials));
+  check(bias_act_bwd(backward, scope.stream()), "bias_act_bwd");
+  return {dx, dbias, y};
+}
+
+Tensor glu_fwd_op(Tensor gate, Tensor up, std::string activation) {
+  const LaunchScope scope(gate);
+  Tensor y = new_rows(gate, true, promoted(gate.scalar_type(), up.scalar_type()));
+  GluForward call{};
+  call.gate = ffn_tensor(gate);
+  call.up = ffn_tensor(up);
+  call.y = ffn_tensor(y);
+  call.rows = gate.size(0);
+  call.cols = gate.size(1);
+  call.activation = activation_of(activation);
+  check(glu_fwd(call, scope.stream()), "glu_fwd");
+  return y;
+}
+
+ThreeTensors glu_bwd_op(Tensor dy, Tensor gate, Tensor up, std::string activation, bool need_dgate,
+                        bool need_dup, bool need_y) {
+  const LaunchScope scope(gate);
+  const ScalarType dtype = promoted(gate.scalar_type(), up.scalar_type());
+  Tensor dgate = new_rows(gate, need_dgate, gate.scalar_type());
+  Tensor dup = new_rows(gate, need_dup, up.scalar_type());
+  Tensor y = new_rows(gate, need_y, dtype);
+  GluBackward call{};
+  call.dy = incoming(dy, dtype);
+  call.gate = ffn_tensor(gate);
+  call.up = ffn_tensor(up);
+  call.dgate = ffn_tensor(dgate);
+  call.dup = ffn_tensor(dup);
+  call.y = ffn_tensor(y);
+  call.rows = gate.size(0);
+  call.cols = gate.size(1);
+  call.activation = activation_of(activation);
+  check(glu_bwd(call, scope.stream()), "glu_bwd");
+  return {dgate, dup, y};
+}
+
+}  // namespace
+}  // namespace fastlm
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
+  m.impl("bias_act_fwd", fastlm::boxed<fastlm::bias_act_fwd_op>);
+  m.impl("bias_act_bwd", fastlm::boxed<fastlm::bias_act_bwd_op>);
+  m.impl("glu_fwd", fastlm::boxed<fastlm::glu_fwd_op>);
+  m.impl("glu_bwd", fastlm::boxed<fastlm::glu_bwd_op>);
+}

@@ -1,0 +1,278 @@
+// What the two passes of a norm share: vectors of a row, whose dtype is a template parameter or
+// known at run time, sums over the threads of a row, and which threads have which columns.
+//
+// A row belongs to `lanes` threads: a power of two up to a warp, or several warps. They take its
+// columns in vectors of V, thread by thread; a tile is as many as they take at once. Which element
+// a thread has depends on the width and on V alone, and V on the dtypes alone; products that are
+// added are written as fmaf, so that no compiler chooses. So a row has the same bits however many
+// there are, wherever they lie, and whichever template serves them.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "arch/device.cuh"
+#include "common.cuh"
+#include "norm.h"
+
+namespace fastlm {
+
+// In place of an element type: a tensor whose dtype or alignment is known at run time alone.
+struct Any {};
+
+template <typename T>
+struct PairOf {};
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+
+__device__ inline float2 to_floats(float2 x) { return x; }
+__device__ inline float2 to_floats(__half2 x) { return __half22float2(x); }
+__device__ inline float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+__device__ inline void from_floats(float2* to, float a, float b) { *to = float2{a, b}; }
+__device__ inline void from_floats(__half2* to, float a, float b) {
+  *to = __floats2half2_rn(a, b);
+}
+__device__ inline void from_floats(__nv_bfloat162* to, float a, float b) {
+  *to = __floats2bfloat162_rn(a, b);
+}
+
+// V elements as they lie in memory, 8 or 16 bytes; of Any, as floats.
+template <typename T, int V>
+struct Vector {
+  std::conditional_t<V * sizeof(T) == 16, uint4, uint2> words;
+};
+template <int V>
+struct alignas(16) Vector<Any, V> {
+  float at[V];
+};
+
+// Accesses of a whole vector in one instruction.
+template <typename T, int V>
+__device__ inline Vector<T, V> load_whole(const T* from) {
+  if constexpr (sizeof(Vector<T, V>) == 16) return {load_16(from)};
+  else return {*reinterpret_cast<const uint2*>(from)};
+}
+
+template <typename T, int V>
+__device__ inline void store_whole(T* to, const Vector<T, V>& x) {
+  if constexpr (sizeof(x) == 16) store_16(to, x.words);
+  else *reinterpret_cast<uint2*>(to) = x.words;
+}
+
+template <typename T, int V>
+__device__ inline void unpack(float (&to)[V], const Vector<T, V>& x) {
+  if constexpr (std::is_same_v<T, Any>) {
+#pragma unroll
+    for (int i = 0; i < V; i++) to[i] = x.at[i];
+  } else {
+    typename PairOf<T>::type pairs[V / 2];
+    memcpy(static_cast<void*>(pairs), &x, sizeof(x));
+#pragma unroll
+    for (int i = 0; i < V / 2; i++) {
+      const float2 pair = to_floats(pairs[i]);
+      to[2 * i] = pair.x;
+      to[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <typename T, int V>
+__device__ inline void pack(Vector<T, V>* to, const float (&x)[V]) {
+  if constexpr (std::is_same_v<T, Any>) {
+#pragma unroll
+    for (int i = 0; i < V; i++) to->at[i] = x[i];
+  } else {
+    typename PairOf<T>::type pairs[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; i++) from_floats(&pairs[i], x[2 * i], x[2 * i + 1]);
+    memcpy(to, pairs, sizeof(*to));
+  }
+}
+
+template <int V>
+__device__ inline void fill(float (&x)[V], float value) {
+#pragma unroll
+  for (int i = 0; i < V; i++) x[i] = value;
+}
+
+__device__ inline float rounded(float x, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return to_float(from_float<__half>(x));
+    case Dtype::kBFloat16:
+      return to_float(from_float<__nv_bfloat16>(x));
+    default:
+      return x;
+  }
+}
+
+// How many of the V columns from `col` on a row has; where it is `aligned`, all or none.
+template <int V, typename Index>
+__device__ inline int columns_at(Index col, int64_t row_cols, bool aligned) {
+  const Index cols = static_cast<Index>(row_cols);
+  if (aligned) return col < cols ? V : 0;
+  return col >= cols ? 0 : cols - col < V ? static_cast<int>(cols - col) : V;
+}
+
+template <typename T, int V>
+__device__ inline void load_floats_of(float (&to)[V], const T* from, int count, bool aligned) {
+  if (aligned) {
+    constexpr int kStep = V * sizeof(T) > 16 ? 16 / sizeof(T) : V;
+#pragma unroll
+    for (int i = 0; i < V; i += kStep) {
+      float part[kStep];
+      unpack(part, load_whole<T, kStep>(from + i));
+#pragma unroll
+      for (int j = 0; j < kStep; j++) to[i + j] = part[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) to[i] = i < count ? to_float(from[i]) : 0.0f;
+  }
+}
+
+// `count` elements of x from element `at` on, then zeros.
+template <int V>
+__device__ inline void load_floats(float (&to)[V], const NormTensor& x, int64_t at, int count,
+                                   bool aligned) {
+  switch (x.dtype) {
+    case Dtype::kFloat32:
+      return load_floats_of(to, static_cast<const float*>(x.ptr) + at, count, aligned);
+    case Dtype::kFloat16:
+      return load_floats_of(to, static_cast<const __half*>(x.ptr) + at, count, aligned);
+    case Dtype::kBFloat16:
+      return load_floats_of(to, static_cast<const __nv_bfloat16*>(x.ptr) + at, count, aligned);
+  }
+}
+
+template <typename T, int V>
+__device__ inline void store_floats_of(T* to, const float (&x)[V], int count, bool aligned) {
+  if (aligned) {
+    constexpr int kStep = V * sizeof(T) > 16 ? 16 / sizeof(T) : V;
+#pragma unroll
+    for (int i = 0; i < V; i += kStep) {
+      float part[kStep];
+#pragma unroll
+      for (int j = 0; j < kStep; j++) part[j] = x[i + j];
+      Vector<T, kStep> vector;
+      pack(&vector, part);
+      store_whole(to + i, vector);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      if (i < count) to[i] = from_float<T>(x[i]);
+    }
+  }
+}
+
+template <int V>
+__device__ inline void store_floats(const NormTensor& to, int64_t at, const float (&x)[V],
+                                    int count, bool aligned) {
+  switch (to.dtype) {
+    case Dtype::kFloat32:
+      return store_floats_of(static_cast<float*>(to.ptr) + at, x, count, aligned);
+    case Dtype::kFloat16:
+      return store_floats_of(static_cast<__half*>(to.ptr) + at, x, count, aligned);
+    case Dtype::kBFloat16:
+      return store_floats_of(static_cast<__nv_bfloat16*>(to.ptr) + at, x, count, aligned);
+  }
+}
+
+// V elements of x from element `at` on, as they are; x is not read again.
+template <typename T, int V>
+__device__ inline Vector<T, V> load_once(const NormTensor& x, int64_t at, int count,
+                                         bool aligned) {
+  Vector<T, V> result;
+  if constexpr (std::is_same_v<T, Any>) {
+    load_floats(result.at, x, at, count, aligned);
+  } else if constexpr (sizeof(result) == 16) {
+    result.words = load_16_once(static_cast<const T*>(x.ptr) + at);
+  } else {
+    result = load_whole<T, V>(static_cast<const T*>(x.ptr) + at);
+  }
+  return result;
+}
+
+// The columns of one thread in tile after tile of a row: vector k of the tile from column `first`
+// on. Of rows with a single tile they are ints, which take half of the registers.
+template <int V>
+struct Columns {
+  int lanes, lane;
+
+  template <typename Index>
+  __device__ Index at(Index first, int k) const {
+    return first + (k * lanes + lane) * V;
+  }
+};
+
+// Bit V * k + i: whether dropout keeps element i of vector k of the tile.
+template <int V, int Items, typename Index>
+__device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t row,
+                                     Columns<V> columns, Index first) {
+  static_assert(Items <= 32 && V % 4 == 0);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < Items; i += 4) {
+    const Index group = (columns.at(first, i / V) + i % V) / 4;
+    const uint4 words =
+        philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0);
+    const uint32_t four = (words.x >= threshold ? 1u : 0u) | (words.y >= threshold ? 2u : 0u) |
+                          (words.z >= threshold ? 4u : 0u) | (words.w >= threshold ? 8u : 0u);
+    bits |= four << i;
+  }
+  return bits;
+}
+
+// Sums of each x over the `lanes` threads of a row; all threads of the block take part. `slots` is
+// shared memory for N floats a warp, which no thread may still be reading from an earlier sum.
+template <int N>
+__device__ inline void row_sum(float (&x)[N], int lanes, float* slots) {
+#pragma unroll 1
+  for (int mask = (lanes < kWarp ? lanes : kWarp) / 2; mask > 0; mask /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += shuffle_xor(x[i], mask);
+  }
+  if (lanes <= kWarp) return;
+  const int warps = lanes / kWarp;
+  const int first = warp_id() / warps * warps;
+  if (lane_id() == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) slots[warp_id() * N + i] = x[i];
+  }
+  sync_block();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x[i] = warp_sum(lane_id() < warps ? slots[(first + lane_id()) * N + i] : 0.0f);
+  }
+}
+
+// The threads of a row of which each holds at most `items` columns.
+inline int lanes_of_row(int64_t cols, int items) {
+  const int threads = static_cast<int>(ceil_div<int64_t>(cols, items));
+  if (threads > kWarp) return ceil_div(threads, kWarp) * kWarp;
+  int lanes = 1;
+  while (lanes < threads) lanes *= 2;
+  return lanes;
+}
+
+// Whether all vectors of V elements of the rows of x can be accessed whole.
+inline bool is_aligned(const NormTensor& x, int64_t cols, int v) {
+  if (x.ptr == nullptr) return true;
+  const int bytes = v * element_size(x.dtype);
+  return cols % v == 0 && x.stride % v == 0 &&
+         reinterpret_cast<uintptr_t>(x.ptr) % (bytes < 16 ? bytes : 16) == 0;
+}
+
+}  // namespace fastlm

@@ -1,0 +1,63 @@
+// LayerNorm and RMSNorm with dropout and residual add before them: what a call is, and one launcher
+// a pass. fastlm/reference/norm.py is the specification.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastlm {
+
+// (rows, cols) with last stride 1, or (cols,); nullptr: absent, or not wanted. Any alignment:
+// accesses are wider where all pointers and strides of a call allow it.
+struct NormTensor {
+  void* ptr;
+  Dtype dtype;
+  int64_t stride;  // of rows, in elements; results are contiguous
+};
+
+// kLlama rounds xhat to x's dtype before the product with weight, kGemma adds 1 to weight.
+enum class NormKind { kLayer, kRms, kLlama, kGemma };
+
+struct NormForward {
+  NormTensor x, residual, weight, bias;
+  NormTensor y, z;
+  float* mean;  // (rows,); layer norm alone
+  float* rstd;  // (rows,)
+  int64_t rows;
+  int64_t cols;  // at least 1
+  NormKind kind;
+  Dtype z_dtype;  // of residual + dropout(x), also where z is not wanted
+  float eps;
+  const int64_t* seed;  // on the device; nullptr: no dropout
+  uint32_t dropout_threshold;
+  float dropout_scale;
+};
+
+struct NormBackward {
+  NormTensor dy, dz_in, z, weight;
+  NormTensor dz, dx, dweight, dbias;
+  const float* mean;
+  const float* rstd;
+  // Scratch: a row of `cols` sums for each of norm_bwd_partials' groups of rows, of dweight and of
+  // dbias; nullptr where the gradient is not wanted.
+  float* dweight_partials;
+  float* dbias_partials;
+  int partials;
+  int64_t rows;
+  int64_t cols;
+  NormKind kind;
+  const int64_t* seed;
+  uint32_t dropout_threshold;
+  float dropout_scale;
+};
+
+cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream);
+
+// How many groups of rows the current device's backward adds up by itself.
+cudaError_t norm_bwd_partials(int64_t rows, int64_t cols, int* partials);
+cudaError_t norm_bwd(const NormBackward& call, cudaStream_t stream);
+
+}  // namespace fastlm

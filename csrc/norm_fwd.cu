@@ -1,0 +1,335 @@
+// Forward of LayerNorm and RMSNorm: z = residual + dropout(x), y = norm(z) * weight + bias.
+//
+// A row of up to kItems * 1,024 columns stays in the registers of its threads, in z's dtype, so
+// each tensor is read or written once: of 2-byte elements 4 bytes an element without a residual, 6
+// with one, 8 where z is written. The mean comes first and the squares of deviations from it
+// second, for means of thousands of deviations. weight and bias stay in L1: every block of a
+// multiprocessor reads them.
+//
+// A wider row goes to one block, tile by tile: statistics are merged (Chan et al.), and z waits in
+// shared memory, where it fits, for the second pass, which otherwise reads and adds again.
+//
+// Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+// Variances", 1979.
+#include "norm.cuh"
+
+namespace fastlm {
+namespace {
+
+constexpr int kItems = 16;         // columns of a thread in a tile
+constexpr int kNarrowBlock = 128;  // threads where a row has at most a warp
+constexpr int kWidest = kItems * 1024;
+constexpr int kWideBlock = 512;
+constexpr int kSlots = 32;  // of row_sum: a warp each
+
+// What is uniform over the call beside NormForward.
+struct Plan {
+  int lanes;
+  bool aligned;      // for Any: the others are always
+  bool keeps_shared;  // a wide row's z
+};
+
+template <typename X>
+__device__ inline bool is_whole(const Plan& plan) {
+  return !std::is_same_v<X, Any> || plan.aligned;
+}
+
+// This thread's z of a tile: columns past the row's end hold 0.
+template <typename X, typename Z, int V, typename Index>
+__device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& call, int64_t row,
+                              bool valid, Columns<V> columns, Index first, bool whole) {
+  const int64_t cols = valid ? call.cols : 0;
+  Vector<X, V> x[kItems / V] = {};
+  Vector<Z, V> residual[kItems / V] = {};
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    const auto col = columns.at(first, k);
+    const int count = columns_at<V>(col, cols, whole);
+    if (count > 0) x[k] = load_once<X, V>(call.x, row * call.x.stride + col, count, whole);
+  }
+  // On its way with x; as floats it would take too many registers there.
+  constexpr bool kEarly = !std::is_same_v<Z, Any>;
+  const int64_t residual_row = row * call.residual.stride;
+  if (kEarly && call.residual.ptr != nullptr) {
+#pragma unroll
+    for (int k = 0; k < kItems / V; k++) {
+      const auto col = columns.at(first, k);
+      const int count = columns_at<V>(col, cols, whole);
+      if (count > 0) {
+        residual[k] = load_once<Z, V>(call.residual, residual_row + col, count, whole);
+      }
+    }
+  }
+  uint32_t keep = ~0u;
+  if (call.seed != nullptr) {
+    const uint64_t seed = static_cast<uint64_t>(*call.seed);
+    keep = keep_bits<V, kItems>(seed, call.dropout_threshold, row, columns, first);
+  }
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    float sum[V], more[V];
+    unpack(sum, x[k]);
+    if (call.seed != nullptr) {
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        sum[i] = keep >> (V * k + i) & 1 ? sum[i] * call.dropout_scale : 0.0f;
+      }
+    }
+    if (call.residual.ptr != nullptr) {
+      if constexpr (kEarly) {
+        unpack(more, residual[k]);
+      } else {
+        const auto col = columns.at(first, k);
+        const int count = columns_at<V>(col, cols, whole);
+        load_floats(more, call.residual, residual_row + col, count, whole && count > 0);
+      }
+#pragma unroll
+      for (int i = 0; i < V; i++) sum[i] += more[i];
+    }
+    if constexpr (std::is_same_v<Z, Any>) {
+#pragma unroll
+      for (int i = 0; i < V; i++) sum[i] = rounded(sum[i], call.z_dtype);
+    }
+    pack(&z[k], sum);
+  }
+}
+
+template <typename Z, int V, typename Index>
+__device__ inline void store_z(const Vector<Z, V> (&z)[kItems / V], const NormForward& call,
+                               int64_t row, int64_t cols, Columns<V> columns, Index first,
+                               bool whole) {
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    const auto col = columns.at(first, k);
+    const int count = columns_at<V>(col, cols, whole);
+    if (count == 0) continue;
+    float values[V];
+    unpack(values, z[k]);
+    store_floats(call.z, row * call.cols + col, values, count, whole);
+  }
+}
+
+template <typename Z, int V, typename Index>
+__device__ inline void store_y(const Vector<Z, V> (&z)[kItems / V], float mean, float rstd,
+                               const NormForward& call, int64_t row, int64_t cols,
+                               Columns<V> columns, Index first, bool whole) {
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    const auto col = columns.at(first, k);
+    const int count = columns_at<V>(col, cols, whole);
+    if (count == 0) continue;
+    float y[V], weight[V], bias[V];
+    unpack(y, z[k]);
+    fill(weight, 1.0f);
+    if (call.weight.ptr != nullptr) {
+      load_floats(weight, call.weight, col, count, whole);
+      const float one = call.kind == NormKind::kGemma ? 1.0f : 0.0f;
+#pragma unroll
+      for (int i = 0; i < V; i++) weight[i] += one;
+    }
+    fill(bias, 0.0f);
+    if (call.bias.ptr != nullptr) load_floats(bias, call.bias, col, count, whole);
+#pragma unroll
+    for (int i = 0; i < V; i++) y[i] = (y[i] - mean) * rstd;
+    if (call.kind == NormKind::kLlama) {
+#pragma unroll
+      for (int i = 0; i < V; i++) y[i] = rounded(y[i], call.x.dtype);
+    }
+#pragma unroll
+    for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
+    store_floats(call.y, row * call.cols + col, y, count, whole);
+  }
+}
+
+__device__ inline float rstd_of(float squares, const NormForward& call) {
+  return 1.0f / sqrtf(squares / static_cast<float>(call.cols) + call.eps);
+}
+
+__device__ inline void store_statistics(const NormForward& call, int64_t row, float mean,
+                                        float rstd) {
+  if (call.kind == NormKind::kLayer) call.mean[row] = mean;
+  call.rstd[row] = rstd;
+}
+
+// Rows that fit into registers: `lanes` threads each.
+template <typename X, typename Z, int V>
+__global__ void __launch_bounds__(1024) norm_fwd_kernel(NormForward call, Plan plan) {
+  const bool whole = is_whole<X>(plan);
+  const int rows = static_cast<int>(blockDim.x) / plan.lanes;
+  const Columns<V> columns{plan.lanes, static_cast<int>(threadIdx.x) % plan.lanes};
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * rows + static_cast<int>(threadIdx.x) / plan.lanes;
+  const bool valid = row < call.rows;
+  const int64_t cols = valid ? call.cols : 0;
+  float* slots = shared_memory<float>();
+
+  Vector<Z, V> z[kItems / V];
+  load_z<X, Z, V>(z, call, row, valid, columns, 0, whole);
+  if (call.z.ptr != nullptr) store_z(z, call, row, cols, columns, 0, whole);
+
+  float mean[1] = {0.0f};
+  if (call.kind == NormKind::kLayer) {
+#pragma unroll
+    for (int k = 0; k < kItems / V; k++) {
+      float values[V];
+      unpack(values, z[k]);
+#pragma unroll
+      for (int i = 0; i < V; i++) mean[0] += values[i];
+    }
+    row_sum(mean, plan.lanes, slots);
+    mean[0] /= static_cast<float>(call.cols);
+  }
+  float squares[1] = {0.0f};
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    const int count = columns_at<V>(columns.at(0, k), cols, whole);
+    float values[V];
+    unpack(values, z[k]);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      const float deviation = i < count ? values[i] - mean[0] : 0.0f;
+      squares[0] = fmaf(deviation, deviation, squares[0]);
+    }
+  }
+  row_sum(squares, plan.lanes, slots + kSlots);
+  const float rstd = rstd_of(squares[0], call);
+  if (valid && columns.lane == 0) store_statistics(call, row, mean[0], rstd);
+  store_y(z, mean[0], rstd, call, row, cols, columns, 0, whole);
+}
+
+// Mean and squared deviations from it of one thread's values so far.
+struct Moments {
+  float count = 0.0f, mean = 0.0f, squares = 0.0f;
+};
+
+template <typename Z, int V, typename Index>
+__device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems / V],
+                                int64_t cols, bool has_mean, Columns<V> columns, Index first,
+                                bool whole) {
+  float sum = 0.0f, squares = 0.0f;
+  int count = 0;
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    count += columns_at<V>(columns.at(first, k), cols, whole);
+    float values[V];
+    unpack(values, z[k]);
+#pragma unroll
+    for (int i = 0; i < V; i++) sum += values[i];
+  }
+  if (count == 0) return;
+  const float n = static_cast<float>(count);
+  const float mean = has_mean ? sum / n : 0.0f;
+#pragma unroll
+  for (int k = 0; k < kItems / V; k++) {
+    const int there = columns_at<V>(columns.at(first, k), cols, whole);
+    float values[V];
+    unpack(values, z[k]);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      const float deviation = i < there ? values[i] - mean : 0.0f;
+      squares = fmaf(deviation, deviation, squares);
+    }
+  }
+  const float delta = mean - sofar->mean;
+  const float share = n / (sofar->count + n);
+  sofar->squares = fmaf(delta * delta, share * sofar->count, sofar->squares + squares);
+  sofar->mean = fmaf(delta, share, sofar->mean);
+  sofar->count += n;
+}
+
+// Rows of any width: a block each, tile by tile.
+template <typename X, typename Z, int V>
+__global__ void __launch_bounds__(kWideBlock, 1) norm_fwd_wide_kernel(NormForward call, Plan plan) {
+  const bool whole = is_whole<X>(plan);
+  const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
+  constexpr int kTile = kWideBlock * kItems;
+  const int64_t row = blockIdx.x;
+  float* slots = shared_memory<float>();
+  Vector<Z, V>* kept = reinterpret_cast<Vector<Z, V>*>(slots + 2 * kSlots);
+  const bool has_mean = call.kind == NormKind::kLayer;
+
+  Vector<Z, V> z[kItems / V];
+  Moments moments;
+  for (int64_t first = 0; first < call.cols; first += kTile) {
+    load_z<X, Z, V>(z, call, row, true, columns, first, whole);
+    if (call.z.ptr != nullptr) store_z(z, call, row, call.cols, columns, first, whole);
+    if (plan.keeps_shared) {
+#pragma unroll
+      for (int k = 0; k < kItems / V; k++) {
+        const auto col = columns.at(first, k);
+        if (col < call.cols) kept[col / V] = z[k];
+      }
+    }
+    add_tile(&moments, z, call.cols, has_mean, columns, first, whole);
+  }
+  float mean[1] = {moments.count * moments.mean};
+  if (has_mean) {
+    row_sum(mean, kWideBlock, slots);
+    mean[0] /= static_cast<float>(call.cols);
+  }
+  const float delta = moments.mean - mean[0];
+  float squares[1] = {fmaf(delta * delta, moments.count, moments.squares)};
+  row_sum(squares, kWideBlock, slots + kSlots);
+  const float rstd = rstd_of(squares[0], call);
+  if (threadIdx.x == 0) store_statistics(call, row, mean[0], rstd);
+
+  for (int64_t first = 0; first < call.cols; first += kTile) {
+    if (plan.keeps_shared) {  // by this very thread
+#pragma unroll
+      for (int k = 0; k < kItems / V; k++) {
+        const auto col = columns.at(first, k);
+        if (col < call.cols) z[k] = kept[col / V];
+      }
+    } else {
+      load_z<X, Z, V>(z, call, row, true, columns, first, whole);
+    }
+    store_y(z, mean[0], rstd, call, row, call.cols, columns, first, whole);
+  }
+}
+
+template <typename X, typename Z, int V>
+cudaError_t launch_rows(const NormForward& call, Plan plan, cudaStream_t stream) {
+  size_t shared = 2 * kSlots * sizeof(float);
+  if (call.cols <= kWidest) {
+    plan.lanes = lanes_of_row(call.cols, kItems);
+    const int threads = plan.lanes > kWarp ? plan.lanes : kNarrowBlock;
+    const int64_t blocks = ceil_div<int64_t>(call.rows, threads / plan.lanes);
+    return launch(norm_fwd_kernel<X, Z, V>, dim3(static_cast<unsigned>(blocks)), threads, shared,
+                  stream, call, plan);
+  }
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  const size_t row = ceil_div<int64_t>(call.cols, V) * sizeof(Vector<Z, V>);
+  plan.keeps_shared = shared + row <= static_cast<size_t>(device.shared_bytes);
+  if (plan.keeps_shared) shared += row;
+  return launch(norm_fwd_wide_kernel<X, Z, V>, dim3(static_cast<unsigned>(call.rows)), kWideBlock,
+                shared, stream, call, plan);
+}
+
+}  // namespace
+
+cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream) {
+  if (call.rows == 0) return cudaSuccess;
+  const Dtype x = call.x.dtype, z = call.z_dtype;
+  const bool same_residual = call.residual.ptr == nullptr || call.residual.dtype == z;
+  const int v = x == z && x != Dtype::kFloat32 ? 8 : 4;
+  Plan plan{0, true, false};
+  for (const NormTensor& t :
+       {call.x, call.residual, call.weight, call.bias, call.y, call.z}) {
+    plan.aligned = plan.aligned && is_aligned(t, call.cols, v);
+  }
+  if (plan.aligned && same_residual) {
+    if (x == Dtype::kFloat16 && x == z) return launch_rows<__half, __half, 8>(call, plan, stream);
+    if (x == Dtype::kBFloat16 && x == z) {
+      return launch_rows<__nv_bfloat16, __nv_bfloat16, 8>(call, plan, stream);
+    }
+    if (x == Dtype::kFloat32) return launch_rows<float, float, 4>(call, plan, stream);
+    if (x == Dtype::kFloat16) return launch_rows<__half, float, 4>(call, plan, stream);
+    return launch_rows<__nv_bfloat16, float, 4>(call, plan, stream);
+  }
+  if (v == 8) return launch_rows<Any, Any, 8>(call, plan, stream);
+  return launch_rows<Any, Any, 4>(call, plan, stream);
+}
+
+}  // namespace fastlm
