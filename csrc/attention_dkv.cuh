@@ -20,8 +20,7 @@ __host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout, b
   const int chunk = dropout || headdim <= 32 || headdim > 128 ? 16 : 32;
   if (headdim <= 32) return {2, 4, 32, 4, chunk, true, true, dropout ? 2 : 3};
   if (headdim <= 64) return {2, 4, 32, 3, chunk, false, false, 2};
-  if (headdim <= 96) return {1, 8, 64, 2, chunk, true, false, 1};
-  if (headdim <= 128) return {1, 8, 32, 4, chunk, true, false, 1};
+  if (headdim <= 128) return {1, 8, 64, 2, chunk, true, false, 1};
   return {1, 8, dk ? 16 : 32, dk ? 4 : 2, dk || dropout ? 16 : 32, true, false, 1};
 }
 
