@@ -3,7 +3,8 @@
 `python benchmarks/<operator>.py` measures fastlm's backends, torch, and the peers that are
 installed, on a GPU with the shapes that papers use, on a CPU with small ones. Every provider is
 checked against the oracle before it is timed, and rows go to `benchmarks/results/<operator>.csv`.
-What cannot make a call is named with its reason. At the end stand fastlm's ratios to every peer.
+What cannot make a call is named with its reason. At the end stand fastlm's ratios to every peer,
+and those of its kernels to each other.
 The formulas of work are in `fastlm.bench.cases` and `fastlm.bench.attention`.
 """
 
@@ -22,7 +23,7 @@ from fastlm.bench.case import Case, Fn
 from fastlm.bench.cases import CASES
 from fastlm.bench.results import append_csv, table
 from fastlm.bench.run import OUT_OF_MEMORY, directions_of, run_case
-from fastlm.bench.summary import against_peers, against_plain
+from fastlm.bench.summary import against_peers, against_plain, between_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,6 +99,7 @@ def _wrong(provider: str, why: str) -> bool:
 def _report(rows, missing, failed) -> None:
     for title, lines in (
         ("Times of peers over fastlm's: geometric mean, worst", against_peers(rows)),
+        ("Times of Triton's kernels over CUDA C++'s: geometric mean, worst", between_kernels(rows)),
         ("fastlm's options over its own plain call", against_plain(rows)),
     ):
         if lines:

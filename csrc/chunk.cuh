@@ -66,8 +66,8 @@ __device__ inline void store_words(T* p, const T (&from)[V]) {
   }
 }
 
-// `count` elements at p, then zeros. kWhole: all V of them, aligned to 16 bytes, or to the size of V
-// where that is less.
+// `count` elements at p, then zeros. kWhole: all V of them, aligned to 16 bytes, or to the size of
+// V where that is less.
 template <bool kWhole, typename T, int V>
 __device__ inline void load_floats(float (&to)[V], const T* p, int count) {
   if constexpr (kWhole) {
@@ -162,8 +162,8 @@ __device__ inline void store_chunk(const FfnTensor& y, int64_t at,
 
 constexpr int kTileThreads = 256;
 
-// How a matrix is cut into tiles, one a block: up to a warp of chunks wide, and as many rows high as
-// the block then has threads, times the chunks of a thread.
+// How a matrix is cut into tiles, one a block: up to a warp of chunks wide, and as many rows high
+// as the block then has threads, times the chunks of a thread.
 struct Tiling {
   int lane_bits;  // log2 of the threads side by side in a row
   unsigned col_tiles;

@@ -25,7 +25,7 @@ constexpr int kSlots = 32;  // of row_sum: a warp each
 // What is uniform over the call beside NormForward.
 struct Plan {
   int lanes;
-  bool aligned;      // for Any: the others are always
+  bool aligned;       // for Any: the others are always
   bool keeps_shared;  // a wide row's z
 };
 
@@ -239,7 +239,8 @@ __device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems /
 
 // Rows of any width: a block each, tile by tile.
 template <typename X, typename Z, int V>
-__global__ void __launch_bounds__(kWideBlock, 1) norm_fwd_wide_kernel(NormForward call, Plan plan) {
+__global__ void __launch_bounds__(kWideBlock, 1)
+    norm_fwd_wide_kernel(NormForward call, Plan plan) {
   const bool whole = is_whole<X>(plan);
   const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
   constexpr int kTile = kWideBlock * kItems;

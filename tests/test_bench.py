@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +36,26 @@ def test_every_case_passes_and_is_timed(op, dtype):
         assert {row.direction for row in rows} == {"forward", "forward+backward"}
         assert all(row.p20_ms <= row.median_ms <= row.p80_ms for row in rows)
         assert all(row.speedup == 1.0 for row in rows if row.provider == "torch")
-        assert "fastlm-triton" in case.unavailable
+        assert {"fastlm-triton", "fastlm-cuda"} <= set(case.unavailable)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize("op", list(CASES))
+def test_cuda_kernels_pass_the_check_or_are_named_absent(op, impl):
+    """In the host build, of small shapes, every case whose operator has a kernel."""
+    for case in CASES[op](CPU, torch.bfloat16, False):
+        reason = case.unavailable[f"fastlm-{impl}"]
+        if reason == f"fastlm has no cuda kernel for {case.function}":
+            continue
+        assert reason == "its kernels run on a GPU, the inputs are on cpu"
+        call = case.providers["fastlm-torch"]
+        call = partial(call.func, *call.args, impl=impl)
+        rows, failed = run_quickly(replace(case, providers={f"fastlm-{impl}": call}))
+        if failed:  # an option that the kernel does not have
+            assert "impl='cuda'" in failed[f"fastlm-{impl}"]
+        else:
+            assert {row.provider for row in rows} == {f"fastlm-{impl}"}
 
 
 def test_embedding_case_passes():
@@ -206,6 +226,7 @@ def test_summary_is_of_ratios(rows):
         make("b", "full", "torch", 8.0), make("b", "full", "fastlm-triton", 1.0),
         make("b", "full", "flex", 3.0), make("b", "full", "fastlm-torch", 9.0),
         make("a", "window", "fastlm-triton", 1.0), make("c", "window", "fastlm-triton", 1.0),
+        make("c", "window", "fastlm-cuda", 0.5),
     ]  # fmt: skip
     lines = [line.split() for line in summary.against_peers(table)]
     assert [line[:9] for line in lines] == [
@@ -213,6 +234,9 @@ def test_summary_is_of_ratios(rows):
         ["full", "forward", "fastlm-triton", "vs", "flex", "3.00x", "worst", "3.00x", "at"],
     ]
     assert [" ".join(line[9:]) for line in lines] == ["a float32 (2 of 2)", "b float32 (1 of 2)"]
+    (line,) = summary.between_kernels(table)
+    assert line.split()[:5] == "window forward fastlm-cuda vs fastlm-triton".split()
+    assert line.split()[5:] == "2.00x worst 2.00x at c float32 (1 of 2)".split()
     (line,) = summary.against_plain(table)  # nothing plain was timed at c
     assert line.split() == (
         "window forward fastlm-triton 0.50 of the time of full 2.00 an operation a float32".split()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastlm
+from fastlm import cuda_library
 from fastlm.cli import COMMANDS, UserError, main
 from fastlm.cli import demo as demo_module
 from fastlm.cli import doctor as doctor_module
@@ -130,6 +131,17 @@ def test_sample_calls_cover_every_operator():
             args, kwargs = make()
             out = getattr(fastlm, name)(*args, **kwargs)
             assert torch.isfinite(out).all(), name
+
+
+def test_doctor_says_how_to_build_the_cuda_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_library, "_loaded", {})
+    monkeypatch.setattr(cuda_library, "PATH", tmp_path / "libfastlm_cuda.so")
+    command = "(from a checkout: FASTLM_BUILD_CUDA=1 pip install --no-deps .)"
+    assert dict(doctor_module.machine())["cuda library"] == f"not built {command}"
+    cuda_library._loaded.clear()
+    cuda_library.PATH.write_text("not a library")
+    says = dict(doctor_module.machine())["cuda library"]
+    assert says.startswith("does not load: ") and says.endswith(command)
 
 
 def test_doctor_says_why_for_every_operator(capsys):

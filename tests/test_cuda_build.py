@@ -293,6 +293,12 @@ def test_kernels_keep_their_rules_and_the_golden_table():
         ({"spills": 8}, "spills 8 bytes"),
         ({"kernel": "attention_fwd_kernel<__half, 256, false>", "spills": 8}, None),
         ({"mma": 0}, "multiplies without tensor cores"),
+        ({"load_bits": 64}, "loads 64 bits at a time, 128 are possible"),
+        (
+            {"kernel": "norm_fwd_kernel<__half, __half, 8>", "store_bits": 16, "mma": 0},
+            "stores 16 bits at a time, 128 are possible",
+        ),
+        ({"kernel": "norm_fwd_kernel<Any, Any, 8>", "load_bits": 16, "mma": 0}, None),
     ],
 )
 def test_rules(changes, rule):

@@ -122,6 +122,17 @@ def test_dy_of_another_dtype_is_refused(impl, device):
         torch.ops.fastlm_cuda.glu_bwd(dy, x, x, "gelu", True, True, False)
 
 
+def test_results_may_be_written_to(impl, device):
+    """Autograd forbids it for a view that an autograd function returns."""
+    x = randn(3, 8, device=device).requires_grad_()
+    for run in (
+        lambda: fastlm.bias_act(x, activation="gelu", impl=impl),
+        lambda: fastlm.glu(x, x, impl=impl),
+    ):
+        expected = torch.autograd.grad(run().mul(2).sum(), x)
+        assert all_equal(torch.autograd.grad(run().mul_(2).sum(), x), expected)
+
+
 def shifted(x, by):
     """x at an address that is `by` elements after an aligned one."""
     there = torch.empty(x.numel() + by, dtype=x.dtype, device=x.device)[by:].view(x.shape)
@@ -196,11 +207,12 @@ EXACT = {
 
 @pytest.mark.parametrize("activation", EXACT)
 def test_relative_error_in_fp32(activation, impl, device):
-    """That of an exponential whose argument is rounded and which is no denormal."""
+    """That of an exponential whose argument is rounded and which is no denormal. The exponential
+    is of 2 units in the last place on a GPU, the reciprocal of 1 or 2."""
     x = torch.linspace(-12, 12, 4097, device=device).view(1, -1)
     y = fastlm.bias_act(x, activation=activation, impl=impl)
     fn, exponent = EXACT[activation]
     gold = fn(x.double())
-    bound = 5e-7 * (1 + exponent(x.double()).abs()) * gold.abs()
+    bound = 8e-7 * (1 + exponent(x.double()).abs()) * gold.abs()
     error = (y.double() - gold).abs()
     assert (error <= bound + torch.finfo(torch.float32).tiny * x.abs()).all()

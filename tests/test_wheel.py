@@ -1,6 +1,7 @@
 """What is in the sdist and the wheel, and that the wheel works where nothing else of ours is.
 
-Built and installed without a network. The wheel is built from the sdist, as pip does it.
+Built and installed without a network. The wheel is built from the sdist, as pip does it, and is
+pure Python; another one has a CUDA C++ library of one small kernel (test_cuda_build builds all).
 """
 
 import email
@@ -24,11 +25,18 @@ IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "*.egg-info", "__pycache__", "build", "dist", ".*_cache", "*_out"
 )
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_FIND_LINKS": ""}
+KERNEL = """
+#include "common.cuh"
+namespace fastlm {
+__global__ void zero_kernel(float* x) { x[threadIdx.x] = 0.0f; }
+cudaError_t zero(float* x) { return launch(zero_kernel, dim3(1), 32, 0, nullptr, x); }
+}  // namespace fastlm
+"""
 
 
 def run(*command, cwd, **environment) -> str:
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    environment = {**inherited, **OFFLINE, **environment}
+    environment = {**inherited, **OFFLINE, "FASTLM_BUILD_CUDA": "0", **environment}
     result = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -90,11 +98,39 @@ def test_sdist_holds_the_sources(dist):
     with tarfile.open(path) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     for pattern in ("fastlm/**/*.py", "kernels/**/*.py", "csrc/**/*"):
-        files = [file for file in ROOT.glob(pattern) if file.is_file()]
+        files = [f for f in ROOT.glob(pattern) if f.is_file() and "__pycache__" not in f.parts]
         assert files and {str(file.relative_to(ROOT)) for file in files} <= names
     for name in ("README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py"):
         assert name in names
+    assert {"csrc/build.py", "tests/simt/simt.h", "tests/golden/torch_2_10_symbols.txt"} <= names
+    assert not any(name.endswith((".so", ".pyc")) for name in names)
     assert not any(n.startswith((".venv", "demo_out", "gpu_check_out")) for n in names)
+
+
+def test_wheel_with_the_cuda_library(tmp_path):
+    """Of its platform and Python; what is in it loads where torch is built for the CPU."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=IGNORED)
+    csrc = source / "csrc"
+    for file in [*csrc.rglob("*.cu"), *csrc.glob("bindings/*.cpp")]:
+        if file.name != "module.cpp":
+            file.unlink()
+    (csrc / "zero.cu").write_text(KERNEL)
+    wheel = (sys.executable, "-P", "-m", "pip", "wheel", "--no-deps", "-w", tmp_path)
+    run(*wheel, "--no-build-isolation", source, cwd=tmp_path, FASTLM_BUILD_CUDA="1")
+    (path,) = tmp_path.glob("*.whl")
+    python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert path.name == f"fastlm-{fastlm.__version__}-{python}-{python}-{platform}.whl"
+    zipfile.ZipFile(path).extractall(tmp_path / "site")
+    built = {file.name.split(".")[0] for file in tmp_path.glob("site/**/*.so")}
+    assert built == {"libfastlm_cuda", "_C"}
+    code = "from fastlm.cli import main; import fastlm; print(fastlm.__file__); main(['doctor'])"
+    out = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert out.startswith(str(tmp_path / "site"))
+    assert re.search(
+        r"^cuda library +loads; 1 kernels? for sm_80, sm_90a and newer, built by", out, re.M
+    )
 
 
 @pytest.fixture(scope="session")

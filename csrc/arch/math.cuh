@@ -19,10 +19,11 @@ __device__ inline float exp2_approx(float x) {
 #endif
 }
 
-// 1 / x to 1 unit in the last place; denormal results are 0. 1 / 0 = inf, 1 / inf = 0.
+// 1 / x to 1 unit in the last place; denormal x and results are 0. 1 / 0 = inf, 1 / inf = 0.
 __device__ inline float reciprocal_approx(float x) {
 #ifdef FASTLM_SIMT
-  return 1.0f / x;
+  const auto flush = [](float y) { return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f * y : y; };
+  return flush(1.0f / flush(x));
 #else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -72,7 +73,14 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides.data(), code, device_type, device_index,
                                                   &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+#ifdef FASTLM_SIMT
+  // NaN of every dtype: what a kernel forgets to write must not pass for a result.
+  if (result.numel() > 0) {
+    std::memset(result.data_ptr(), 0xff, result.numel() * result.element_size());
+  }
+#endif
+  return result;
 }
 
 // nullptr for what `new_empty` made of no dtype, and for other tensors without elements.

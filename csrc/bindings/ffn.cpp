@@ -1,5 +1,5 @@
-// fastlm_cuda::bias_act_fwd, bias_act_bwd, glu_fwd and glu_bwd; fastlm/ops/_ffn_functions.py has the
-// contracts.
+// fastlm_cuda::bias_act_fwd, bias_act_bwd, glu_fwd and glu_bwd; fastlm/ops/_ffn_functions.py has
+// the contracts.
 #include "../ffn.h"
 
 #include <map>

@@ -81,7 +81,8 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
     return new_empty(z, {call.partials, cols},
                      dtype.has_value() ? MaybeType(ScalarType::Float) : std::nullopt);
   };
-  const Tensor dweight_partials = partials_of(dweight_dtype), dbias_partials = partials_of(dbias_dtype);
+  const Tensor dweight_partials = partials_of(dweight_dtype);
+  const Tensor dbias_partials = partials_of(dbias_dtype);
   const DropoutArguments dropout(seed, dropout_p);
   call.dy = norm_tensor(dy);
   call.dz_in = norm_tensor(dz_in);
@@ -109,6 +110,6 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
-  m.impl("norm_fwd", TORCH_BOX(&fastlm::norm_fwd_op));
-  m.impl("norm_bwd", TORCH_BOX(&fastlm::norm_bwd_op));
+  m.impl("norm_fwd", fastlm::boxed<fastlm::norm_fwd_op>);
+  m.impl("norm_bwd", fastlm::boxed<fastlm::norm_bwd_op>);
 }

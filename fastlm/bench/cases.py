@@ -49,7 +49,8 @@ def norm_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
 
 
 def ffn_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """GELU feed-forward with biases, and gated SiLU."""
+    """GELU feed-forward with biases and gated SiLU, as blocks and, without their products, as the
+    one kernel that is fastlm's own."""
     table = shapes.FFN_LARGE if device.type == "cuda" else shapes.FFN_CPU
     for name, s in _first(table, quick):
         # Scaled as initialised weights are, so that the hidden values have size 1.
@@ -83,6 +84,22 @@ def ffn_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator
                 F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down
             ),
             Work("TFLOP/s", 3 * product, 6 * product),
+        )  # fmt: skip
+        hidden = lambda seed, s=s: randn(
+            s.rows, s.hidden_dim, dtype=dtype, device=device, seed=seed
+        )
+        moved = s.rows * s.hidden_dim * dtype.itemsize
+        size = f"{s.rows}x{s.hidden_dim}"
+        yield make_case(
+            "ffn", f"{name}/bias_gelu {size}", "bias_act",
+            {"x": hidden(2), "bias": vector(s.hidden_dim, 3)}, {"activation": "gelu"},
+            lambda x, bias: F.gelu(x + bias),
+            Work("GB/s", 2 * moved, 3 * moved),
+        )  # fmt: skip
+        yield make_case(
+            "ffn", f"{name}/silu_glu {size}", "glu", {"gate": hidden(2), "up": hidden(3)},
+            {"activation": "silu"}, lambda gate, up: F.silu(gate) * up,
+            Work("GB/s", 3 * moved, 5 * moved),
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fastlm.bench.results import Row
 
@@ -13,27 +13,21 @@ Cells = dict[tuple[str, str, str, str], dict[str, Row]]
 
 def against_peers(rows: Sequence[Row]) -> list[str]:
     """The time of each peer over fastlm's, by variant and pass: geometric mean, and worst shape."""
-    cells = _cells(rows)
     lines = []
-    for variant, direction in dict.fromkeys((key[1], key[3]) for key in cells):
-        group = {k: cell for k, cell in cells.items() if (k[1], k[3]) == (variant, direction)}
+    for variant, direction, group in _groups(rows):
         providers = list(dict.fromkeys(name for cell in group.values() for name in cell))
-        for ours in _ours(providers):
-            for peer in (name for name in providers if not name.startswith("fastlm")):
-                ratios = {
-                    f"{key[0]} {key[2]}": cell[peer].median_ms / cell[ours].median_ms
-                    for key, cell in group.items()
-                    if ours in cell and peer in cell
-                }
-                if not ratios:
-                    continue
-                worst = min(ratios, key=ratios.get)
-                mean = statistics.geometric_mean(ratios.values())
-                lines.append(
-                    f"{variant:<28} {direction:<16} {ours:<13} vs {peer:<15} {mean:6.2f}x"
-                    f"  worst {ratios[worst]:6.2f}x at {worst}  ({len(ratios)} of {len(group)})"
-                )
-    return lines
+        peers = [name for name in providers if not name.startswith("fastlm")]
+        pairs = [(ours, peer) for ours in _ours(providers) for peer in peers]
+        lines += [_ratio(variant, direction, group, *pair) for pair in pairs]
+    return list(filter(None, lines))
+
+
+def between_kernels(rows: Sequence[Row]) -> list[str]:
+    """The time of Triton's kernels over that of CUDA C++'s, by variant and pass: what the order of
+    an operator's backends is to follow."""
+    pair = ("fastlm-cuda", "fastlm-triton")
+    lines = (_ratio(*group, *pair) for group in _groups(rows))
+    return list(filter(None, lines))
 
 
 def against_plain(rows: Sequence[Row]) -> list[str]:
@@ -53,6 +47,30 @@ def against_plain(rows: Sequence[Row]) -> list[str]:
                 f" {base[ours].rate / cell[ours].rate:6.2f} an operation  {shape} {dtype}"
             )
     return lines
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, str, Cells]]:
+    """(variant, pass, its cells)."""
+    cells = _cells(rows)
+    for kind in dict.fromkeys((key[1], key[3]) for key in cells):
+        yield *kind, {key: cell for key, cell in cells.items() if (key[1], key[3]) == kind}
+
+
+def _ratio(variant: str, direction: str, group: Cells, ours: str, other: str) -> str | None:
+    """The time of `other` over that of `ours` where both were timed."""
+    ratios = {
+        f"{key[0]} {key[2]}": cell[other].median_ms / cell[ours].median_ms
+        for key, cell in group.items()
+        if ours in cell and other in cell
+    }
+    if not ratios:
+        return None
+    worst = min(ratios, key=ratios.get)
+    mean = statistics.geometric_mean(ratios.values())
+    return (
+        f"{variant:<28} {direction:<16} {ours:<13} vs {other:<15} {mean:6.2f}x"
+        f"  worst {ratios[worst]:6.2f}x at {worst}  ({len(ratios)} of {len(group)})"
+    )
 
 
 def _cells(rows: Iterable[Row]) -> Cells:

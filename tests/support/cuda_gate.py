@@ -88,17 +88,25 @@ def broken_rules(row: Row) -> Iterator[str]:
         yield f"spills {row.spills} bytes"
     if headdim and row.mma == 0 and "delta" not in row.kernel:
         yield "multiplies without tensor cores"
-    for pattern in WIDE:
-        if re.match(pattern, row.kernel):
-            for name, bits in (("loads", row.load_bits), ("stores", row.store_bits)):
-                if 0 < bits < 128:
-                    yield f"{name} {bits} bits at a time, 128 are possible"
+    for pattern, load_bits, store_bits in WIDE:
+        if re.fullmatch(pattern, row.kernel):
+            if row.load_bits < load_bits:
+                yield f"loads {row.load_bits} bits at a time, {load_bits} are possible"
+            if row.store_bits < store_bits:
+                yield f"stores {row.store_bits} bits at a time, {store_bits} are possible"
 
 
-# Kernels that promise 16-byte accesses; the others are for what is not aligned, or for few bytes.
-WIDE: tuple[str, ...] = (
-    r"bias_act_(fwd|bwd)_kernel<\w+, true>",
-    r"glu_(fwd|bwd)_kernel<(float|__half|__nv_bfloat16), true>",
+# Kernels that promise wide accesses, with the bits of their loads and stores; the others are for
+# what is not aligned, or write few bytes. Where halves go with floats in vectors of 4, halves take
+# 8 bytes.
+HALF = "(?:__half|__nv_bfloat16)"
+WIDE = (
+    (rf"norm_(?:fwd|bwd)(?:_wide)?_kernel<({HALF}), \1, 8>", 128, 128),
+    (r"norm_(?:fwd|bwd)(?:_wide)?_kernel<(?!Any)\w+, float, 4>", 128, 64),
+    (r"norm_bwd_columns_kernel<(?!Any).*>", 128, 0),
+    (r"(?:bias_act|glu)_(?:fwd|bwd)_kernel<\w+, true>", 128, 128),
+    (r"attention_(?:fwd|dq|dkv)_kernel<.*>", 128, 128),
+    (r"attention_delta_kernel<.*>", 128, 0),
 )
 
 
@@ -107,6 +115,7 @@ def _accesses() -> dict[tuple[str, str], tuple[int, int, int]]:
     wheel = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
     command = [str(wheel / "cuobjdump"), "-sass", str(LIBRARY)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instruction = re.compile(r"\b(LDG|LDGSTS|STG|HMMA|HGMMA)(\.\S*)")
     # Each cubin begins with its architecture, each function with its name.
     found, names = [], []
     for cubin in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
@@ -114,10 +123,11 @@ def _accesses() -> dict[tuple[str, str], tuple[int, int, int]]:
         for function in re.split(r"^\s*Function : ", cubin, flags=re.MULTILINE)[1:]:
             name, body = function.split("\n", 1)
             names.append(name.strip())
-            loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S*", body)
-            stores = re.findall(r"\bSTG\.\S*", body)
-            mma = len(re.findall(r"\b(?:HMMA|HGMMA)\.", body))
-            found.append((target, (_median_bits(loads), _median_bits(stores), mma)))
+            code = {"LDG": [], "LDGSTS": [], "STG": [], "HMMA": [], "HGMMA": []}
+            for kind, suffix in instruction.findall(body):
+                code[kind].append(suffix)
+            bits = _median_bits(code["LDG"] + code["LDGSTS"]), _median_bits(code["STG"])
+            found.append((target, (*bits, len(code["HMMA"] + code["HGMMA"]))))
     demangled = builder().demangled(names)
     return {(t, name): values for (t, values), name in zip(found, demangled, strict=True)}
 

@@ -1,4 +1,4 @@
-"""The README's table of what the Triton kernels take, asked of the operators themselves.
+"""The README's table of what the kernels take, asked of the operators themselves.
 
     python -P tests/support/support_matrix.py --update      # rewrite it in README.md
 
@@ -18,6 +18,7 @@ import torch
 import fastlm
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+IMPLS = ("triton", "cuda", "torch")  # in the order of choice
 MARKS = "<!-- support matrix: written by tests/support/support_matrix.py -->", "<!-- end -->"
 
 
@@ -45,7 +46,11 @@ def calls() -> Iterator[tuple[str, str, tuple, dict]]:
         options = dict(options)
         yield "attention", feature, qkv(options.pop("_headdim", 64)), options
     packed = t(16, 4, 64), t(16, 4, 64), t(16, 4, 64)
-    yield "attention_varlen", "all options", (*packed, ints(0, 9, 16), ints(0, 9, 16), 9, 9), {}
+    packed = (*packed, ints(0, 9, 16), ints(0, 9, 16), 9, 9)
+    plain = {"causal": True, "window": (4, 0), "dropout_p": 0.1, "seed": 1}
+    yield "attention_varlen", "causal, window, dropout", packed, plain
+    slopes = {"alibi_slopes": t(4, dtype=torch.float32)}
+    yield "attention_varlen", "all options", packed, {"bias": table, "softcap": 30.0, **slopes}
     decode = t(2, 1, 4, 64), t(2, 16, 4, 64), t(2, 16, 4, 64), ints(8, 8)
     yield "attention_decode", "all options", decode, {}
     yield "attention_weights", "all options", (*qkv()[:2], t(2, 4, 8, dtype=torch.float32)), {}
@@ -73,11 +78,11 @@ def calls() -> Iterator[tuple[str, str, tuple, dict]]:
 
 def render() -> str:
     """The table in Markdown."""
-    rows = ["| operator | feature | triton | torch |", "|---|---|---|---|"]
+    rows = [f"| operator | feature | {' | '.join(IMPLS)} |", "|---|---|---|---|---|"]
     with mock.patch.object(fastlm.backends, "_unavailable", lambda impl, device: None):
         for op, feature, args, options in calls():
             reasons = fastlm.explain(op, *args, **options).reasons
-            cells = ["yes" if reasons[impl] is None else "–" for impl in ("triton", "torch")]
+            cells = ["yes" if reasons[impl] is None else "–" for impl in IMPLS]
             rows.append(f"| `{op}` | {feature} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

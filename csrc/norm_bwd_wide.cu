@@ -1,0 +1,127 @@
+// Backward of LayerNorm and RMSNorm for rows too wide for the registers of a block, in two kernels.
+// A row goes to a block, tile by tile, dy and z waiting in shared memory, where they fit, for the
+// row's two sums: 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
+// columns, and read dy and z once more, 4 bytes; a group of rows leaves one fp32 row of sums.
+#include "norm_bwd.cuh"
+
+namespace fastlm {
+namespace {
+
+using Plan = NormBackwardPlan;
+
+constexpr int kWideBlock = 512;
+constexpr int kWideItems = 8;     // columns of a thread in a tile
+constexpr int kColumnsWarps = 8;  // of a block of norm_bwd_columns_kernel, each with its rows
+constexpr int kSlots = 2 * 32;    // of row_sum: two floats a warp
+
+// dz and dx of rows of any width: a block each, tile by tile.
+template <typename DY, typename Z, int V>
+__global__ void __launch_bounds__(kWideBlock, 1)
+    norm_bwd_wide_kernel(NormBackward call, Plan plan) {
+  constexpr int kTile = kWideBlock * kWideItems;
+  constexpr int kVectors = kWideItems / V;
+  const bool whole = is_whole<Z>(plan);
+  const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
+  const int64_t row = blockIdx.x;
+  float* slots = shared_memory<float>();
+  const int64_t row_vectors = ceil_div<int64_t>(call.cols, V);
+  Vector<DY, V>* kept_dy = reinterpret_cast<Vector<DY, V>*>(slots + kSlots);
+  Vector<Z, V>* kept_z = reinterpret_cast<Vector<Z, V>*>(kept_dy + row_vectors);
+
+  Incoming<DY, Z, V, kWideItems> in;
+  float sums[2] = {0.0f, 0.0f};
+  for (int64_t first = 0; first < call.cols; first += kTile) {
+    load_incoming(&in, call, row, columns, first, whole);
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const auto col = columns.at(first, k);
+      float weight[V];
+      load_weight(weight, call, col, whole);
+      add_sums(sums, in, k, weight);
+      if (plan.keeps_shared && col < call.cols) {
+        kept_dy[col / V] = in.dy[k];
+        kept_z[col / V] = in.z[k];
+      }
+    }
+  }
+  row_sum(sums, kWideBlock, slots);
+  const float n = static_cast<float>(call.cols);
+  const float means[2] = {call.kind == NormKind::kLayer ? sums[0] / n : 0.0f, sums[1] / n};
+
+  for (int64_t first = 0; first < call.cols; first += kTile) {
+    if (!plan.keeps_shared) load_incoming(&in, call, row, columns, first, whole);
+    const uint32_t keep = keep_bits_of<V, kWideItems>(call, row, columns, first);
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const auto col = columns.at(first, k);
+      if (plan.keeps_shared && col < call.cols) {  // by this very thread
+        in.dy[k] = kept_dy[col / V];
+        in.z[k] = kept_z[col / V];
+      }
+      float weight[V];
+      load_weight(weight, call, col, whole);
+      store_vector(in, k, means, weight, call, row, col, keep, whole);
+    }
+  }
+}
+
+// dweight and dbias of wide rows: a warp has V columns a lane, and every kColumnsWarps-th row of
+// the block's group of rows.
+template <typename DY, typename Z, int V>
+__global__ void __launch_bounds__(kColumnsWarps* kWarp, 1)
+    norm_bwd_columns_kernel(NormBackward call, Plan plan) {
+  const bool whole = is_whole<Z>(plan);
+  const int64_t group = blockIdx.x % call.partials;
+  const int64_t first = blockIdx.x / call.partials * (kWarp * V);
+  const Columns<V> columns{kWarp, lane_id()};
+  const int64_t step = static_cast<int64_t>(call.partials) * kColumnsWarps;
+  float dweight[1][V] = {}, dbias[1][V] = {};
+#pragma unroll 4
+  for (int64_t row = group * kColumnsWarps + warp_id(); row < call.rows; row += step) {
+    Incoming<DY, Z, V, V> in;
+    load_incoming(&in, call, row, columns, first, whole);
+    add_columns(dweight[0], dbias[0], in, 0, call);
+  }
+  float* scratch = shared_memory<float>();
+  const int64_t partial = group * call.cols + first;
+  if (call.dweight_partials != nullptr) {
+    store_partial<V, V>(call.dweight_partials + partial, dweight, kColumnsWarps, warp_id(),
+                        columns, call.cols - first, scratch);
+  }
+  if (call.dbias_partials != nullptr) {
+    store_partial<V, V>(call.dbias_partials + partial, dbias, kColumnsWarps, warp_id(), columns,
+                        call.cols - first, scratch);
+  }
+}
+
+template <typename DY, typename Z, int V>
+cudaError_t launch_wide(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
+                        cudaStream_t stream) {
+  if (call.dz.ptr != nullptr || call.dx.ptr != nullptr) {
+    Device device;
+    cudaError_t error = current_device(&device);
+    if (error != cudaSuccess) return error;
+    size_t shared = kSlots * sizeof(float);
+    const size_t row =
+        ceil_div<int64_t>(call.cols, V) * (sizeof(Vector<DY, V>) + sizeof(Vector<Z, V>));
+    plan.keeps_shared = shared + row <= static_cast<size_t>(device.shared_bytes);
+    if (plan.keeps_shared) shared += row;
+    error = launch(norm_bwd_wide_kernel<DY, Z, V>, dim3(static_cast<unsigned>(call.rows)),
+                   kWideBlock, shared, stream, call, plan);
+    if (error != cudaSuccess) return error;
+  }
+  if (call.dweight_partials == nullptr && call.dbias_partials == nullptr) return cudaSuccess;
+  const int64_t blocks = ceil_div<int64_t>(call.cols, kWarp * V) * call.partials;
+  return launch(norm_bwd_columns_kernel<DY, Z, V>, dim3(static_cast<unsigned>(blocks)),
+                kColumnsWarps * kWarp, kWarp * V * sizeof(float), stream, call, plan);
+}
+
+}  // namespace
+
+cudaError_t norm_bwd_wide(const NormBackward& call, cudaStream_t stream) {
+  return with_dtypes(call, [&](auto dtypes, const Plan& plan) {
+    return launch_wide(dtypes, call, plan, stream);
+  });
+}
+
+}  // namespace fastlm
