@@ -1,5 +1,5 @@
 """Attention in CUDA C++: what it takes and refuses, every option that it takes, and what must hold
-bit for bit. Shapes are of one to three tiles of the kernels' own sizes, 128 queries by 32 or 64 keys.
+bit for bit. Shapes are of one to three tiles of the kernels' own sizes: 128 queries, 32 or 64 keys.
 
 What only its backward has is in test_attention_cuda_bwd.py.
 """
@@ -10,6 +10,7 @@ from attention_options import VALUES, build, consistent, fused, specified
 from pairwise import pairwise
 
 import fastlm
+from fastlm.layers import MultiheadAttention
 from fastlm.reference import attention as reference
 from fastlm.testing import check_against_reference, nan_filled_empty, randn
 
@@ -66,7 +67,7 @@ def test_attention_cuda_headdims_between(headdim, dtype, impl, device):
     run_oracle(qkv((2, 33, 70, 2, 2), headdim, dtype, device), impl, causal=True)
 
 
-# What the kernels take of the values that the options' tests draw from, and lengths for their tiles.
+# What the kernels take of the values that the options' tests draw from; lengths for their tiles.
 SCOPE = {
     name: VALUES[name]
     for name in ("causal", "window", "seqlens_k", "dropout_p", "packed", "heads", "lse", "frozen")
@@ -302,7 +303,7 @@ def test_attention_cuda_refuses_transforms(impl, device):
 
 @pytest.mark.parametrize("impl", ["cuda"])
 def test_attention_cuda_explains(impl, device):
-    """What is refused goes on to the next backend; the strides of one head or token mean nothing."""
+    """What other operators have, and strides that mean nothing: of one head, of one batch."""
     inputs = qkv((1, 20, 24, 2, 1), device=device)
     reasons = fastlm.explain("attention", **inputs, softcap=2.0).reasons
     assert "impl" not in reasons and reasons["cuda"] is not None
@@ -316,11 +317,9 @@ def test_attention_cuda_explains(impl, device):
 
 @pytest.mark.parametrize("impl", ["cuda"])
 def test_attention_cuda_in_a_layer(impl, device):
-    layer = fastlm.layers.MultiheadAttention(128, 2, device=device, dtype=BF16, impl=impl)
-    x = randn(2, 30, 128, dtype=BF16, device=device).requires_grad_()
-    with torch.no_grad():
-        layer.in_proj_bias.copy_(randn(384, dtype=BF16, seed=1))
-    out, _ = layer(x, x, x, need_weights=False, is_causal=True, attn_mask=None)
-    layer.impl = "torch"
-    wanted, _ = layer(x, x, x, need_weights=False, is_causal=True, attn_mask=None)
-    torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
+    layer = MultiheadAttention(128, 2, batch_first=True, device=device, dtype=BF16)
+    x = randn(2, 30, 128, dtype=BF16, device=device)
+    results = []
+    for layer.impl in (impl, "torch"):
+        results.append(layer(x, x, x, need_weights=False, is_causal=True)[0])
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)

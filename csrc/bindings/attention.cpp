@@ -23,9 +23,18 @@ struct Options {
   int64_t max_seqlen_q, max_seqlen_k;
 };
 
+// Strides of dimensions of size 1 mean nothing, and rows past the end are not read, but their
+// addresses must be aligned. Python has refused what is not; compiled code cannot ask it of pointers.
 AttentionTensor attention_tensor(const Tensor& x) {
+  const auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
   const bool packed = x.dim() == 3;
-  return {data_of(x), packed ? 0 : x.stride(0), x.stride(packed ? 0 : 1), x.stride(packed ? 1 : 2)};
+  const AttentionTensor t{data_of(x), packed ? 0 : stride(0), stride(packed ? 0 : 1),
+                          stride(packed ? 1 : 2)};
+  if (reinterpret_cast<uintptr_t>(t.ptr) % 16 != 0 || t.stride_b % 8 != 0 ||
+      t.stride_m % 8 != 0 || t.stride_h % 8 != 0) {
+    throw std::runtime_error("fastlm_cuda: attention takes tensors aligned to 16 bytes");
+  }
+  return t;
 }
 
 const int* int_data(const MaybeTensor& x) { return static_cast<const int*>(data_of(x)); }
@@ -105,7 +114,7 @@ SevenTensors attention_bwd_op(
     bool need_dkv, bool, bool, bool, bool) {
   const LaunchScope scope(q);
   const bool packed = cu_seqlens_q.has_value();
-  const Tensor nothing = new_empty(q, {0}, std::nullopt);
+  const auto nothing = [&] { return new_empty(q, {0}, std::nullopt); };
   const auto gradient = [&](const Tensor& x, bool needed) {
     return needed ? new_like(x, packed) : new_empty(x, {0}, x.scalar_type());
   };
@@ -129,7 +138,7 @@ SevenTensors attention_bwd_op(
     call.dv = attention_tensor(dv);
     check(attention_bwd_dkv(call, scope.stream()), "attention_bwd");
   }
-  return {dq, dk, dv, nothing, nothing, nothing, nothing};
+  return {dq, dk, dv, nothing(), nothing(), nothing(), nothing()};
 }
 
 }  // namespace
