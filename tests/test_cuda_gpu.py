@@ -1,5 +1,5 @@
-"""What only a GPU shows of the kernels in CUDA C++: the same bits 30 times, CUDA graphs, other streams
-and devices. Real sizes are in the operators' own tests."""
+"""What only a GPU shows of the kernels in CUDA C++: the same bits 30 times, CUDA graphs, other
+streams and devices. Real sizes are in the operators' own tests."""
 
 import pytest
 import torch

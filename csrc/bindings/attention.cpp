@@ -1,4 +1,4 @@
-// fastlm_cuda::attention_fwd and attention_bwd; fastlm/ops/_attention_contract.py has the contracts.
+// fastlm_cuda::attention_fwd and attention_bwd; the contracts: fastlm/ops/_attention_contract.py.
 // Masks, biases, slopes, sinks and softcap are refused in Python.
 #include "../attention.h"
 
@@ -24,7 +24,8 @@ struct Options {
 };
 
 // Strides of dimensions of size 1 mean nothing, and rows past the end are not read, but their
-// addresses must be aligned. Python has refused what is not; compiled code cannot ask it of pointers.
+// addresses must be aligned. Python has refused what is not, but compiled code has no pointers to
+// ask there.
 AttentionTensor attention_tensor(const Tensor& x) {
   const auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
   const bool packed = x.dim() == 3;
