@@ -154,8 +154,8 @@ __device__ inline void load_whole_tile(T* tile, const T* from, int64_t stride_m,
 }
 
 // A lane's addresses for ldmatrix in tiles of D columns. The permutation repeats every eight rows
-// and 64 (or 32) columns, so a few offsets and constants give them all; a compiler left to find that
-// out keeps a register for each address.
+// and 64 (or 32) columns, so a few offsets and constants give them all; a compiler left to find
+// that out keeps a register for each address.
 template <int D>
 struct LanePlaces {
   static constexpr int kTurns = D % 64 == 0 ? 4 : 2;

@@ -16,7 +16,7 @@ namespace fastlm {
 // leave shared memory's bandwidth to k and v. At 256 only q fits, and with dropout neither. Dropout's
 // words take registers of their own, so its chunks are smaller.
 __host__ __device__ constexpr BackwardTile dq_tile(int headdim, bool dropout) {
-  const int chunk = dropout || headdim > 128 || headdim == 64 ? 16 : 32;
+  const int chunk = dropout || headdim > 128 ? 16 : 32;
   if (headdim <= 64) return {2, 4, 32, 4, chunk, true, true, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, true, 1};
   if (headdim <= 128) return {1, 8, 32, 4, chunk, true, true, 1};

@@ -1,10 +1,10 @@
-// Forward attention by mma.sync: out = softmax(scale q k^T) v, and lse, without the scores in memory.
+// Forward attention by mma.sync: out = softmax(scale q k^T) v, and lse; no score is ever in memory.
 //
 // A block of warps has a tile of queries of one head and walks over the blocks of keys that some of
 // them see. Tiles of k and v follow each other through a ring in shared memory: k of the first
 // block, v of it, k of the next, ... A warp has all keys of its own queries, 32 of them where the
-// registers allow it: a fragment of k or v that is read from shared memory then feeds four products,
-// and with 16 queries a warp these reads would take as long as the products.
+// registers allow it: a fragment of k or v that is read from shared memory then feeds four
+// products, and with 16 queries a warp these reads would take as long as the products.
 //
 // Traffic: q and out once; k and v once a tile of queries and head, mostly from the L2 cache, since
 // heads that share keys and tiles of a head run together.
@@ -32,11 +32,11 @@ struct ForwardTile {
   }
 };
 
-// Per thread, fp32 results take row_tiles * headdim / 2 registers and scores row_tiles * keys / 2.
-// Two blocks a multiprocessor, so that one computes exponentials while the other multiplies; at head
-// dim 128 three stages are what lets two blocks share the 163 KiB of sm_80. At 256, 16 queries a
-// warp are all that 255 registers hold, and one block of eight warps reads k and v half as often as
-// two of four would.
+// A thread's fp32 results take row_tiles * headdim / 2 registers, its scores row_tiles * keys / 2:
+// 64 keys where both and the fragments fit into 255, else 32. Up to head dim 128 two blocks share a
+// multiprocessor: one computes exponentials while the other multiplies. Dropout needs registers for
+// Philox, which then is the limit: fewer keys, or fewer queries a warp. At 256, 16 queries a warp
+// are all that fits, and one block of eight warps reads k and v half as often as two of four would.
 __host__ __device__ constexpr ForwardTile forward_tile(int headdim, bool dropout) {
   if (headdim <= 96) return {2, 4, dropout ? 32 : 64, 2};
   if (headdim <= 128 && !dropout) return {2, 4, 32, 2};
@@ -285,7 +285,8 @@ struct ForwardLaunch {
 };
 
 template <typename T, int D, bool kDropout>
-__global__ void __launch_bounds__(forward_tile(D, kDropout).threads(), forward_tile(D, kDropout).blocks)
+__global__ void __launch_bounds__(forward_tile(D, kDropout).threads(),
+                                  forward_tile(D, kDropout).blocks)
     attention_fwd_kernel(const AttentionParams p, const ForwardLaunch launched) {
   constexpr ForwardTile kTile = forward_tile(D, kDropout);
   constexpr int kKeys = kTile.keys, kThreads = kTile.threads(), kRowTiles = kTile.row_tiles;

@@ -1,5 +1,5 @@
 """Attention in CUDA C++: what it takes and refuses, every option that it takes, and what must hold
-bit for bit. Shapes are of one to three tiles of the kernels' own sizes, 128 queries by 32 or 64 keys.
+bit for bit. Shapes are of one to three tiles of the kernels' own sizes: 128 queries, 32 or 64 keys.
 
 What only its backward has is in test_attention_cuda_bwd.py.
 """
@@ -66,7 +66,7 @@ def test_attention_cuda_headdims_between(headdim, dtype, impl, device):
     run_oracle(qkv((2, 33, 70, 2, 2), headdim, dtype, device), impl, causal=True)
 
 
-# What the kernels take of the values that the options' tests draw from, and lengths for their tiles.
+# What the kernels take of the values that the options' tests draw from; lengths for their tiles.
 SCOPE = {
     name: VALUES[name]
     for name in ("causal", "window", "seqlens_k", "dropout_p", "packed", "heads", "lse", "frozen")
@@ -302,7 +302,7 @@ def test_attention_cuda_refuses_transforms(impl, device):
 
 @pytest.mark.parametrize("impl", ["cuda"])
 def test_attention_cuda_explains(impl, device):
-    """What is refused goes on to the next backend; the strides of one head or token mean nothing."""
+    """What other operators have, and strides that mean nothing: of one head, of one batch."""
     inputs = qkv((1, 20, 24, 2, 1), device=device)
     reasons = fastlm.explain("attention", **inputs, softcap=2.0).reasons
     assert "impl" not in reasons and reasons["cuda"] is not None

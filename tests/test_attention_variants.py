@@ -155,8 +155,8 @@ I32 = torch.int32
     ({"max_seqlen_k": -1}, "attention_varlen: max_seqlen_k must be at least 0, got -1"),
     ({"sinks": torch.ones(3)},
      "attention_varlen: sinks must have shape (nheads,) = (4,), got (3,)"),
-    ({"impl": "cuda"},
-     "attention_varlen: fastlm has no cuda kernel for attention_varlen; use impl='torch'"),
+    ({"impl": "numpy"},
+     "attention_varlen: impl must be None, 'cuda', 'triton' or 'torch', got 'numpy'"),
 ])  # fmt: skip
 def test_varlen_errors(change, message):
     good = {

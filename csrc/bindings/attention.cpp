@@ -1,4 +1,4 @@
-// fastlm_cuda::attention_fwd and attention_bwd; fastlm/ops/_attention_contract.py has the contracts.
+// fastlm_cuda::attention_fwd and attention_bwd; the contracts: fastlm/ops/_attention_contract.py.
 // Masks, biases, slopes, sinks and softcap are refused in Python.
 #include "../attention.h"
 
@@ -23,9 +23,19 @@ struct Options {
   int64_t max_seqlen_q, max_seqlen_k;
 };
 
+// Strides of dimensions of size 1 mean nothing, and rows past the end are not read, but their
+// addresses must be aligned. Python has refused what is not, but compiled code has no pointers to
+// ask there.
 AttentionTensor attention_tensor(const Tensor& x) {
+  const auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
   const bool packed = x.dim() == 3;
-  return {data_of(x), packed ? 0 : x.stride(0), x.stride(packed ? 0 : 1), x.stride(packed ? 1 : 2)};
+  const AttentionTensor t{data_of(x), packed ? 0 : stride(0), stride(packed ? 0 : 1),
+                          stride(packed ? 1 : 2)};
+  if (reinterpret_cast<uintptr_t>(t.ptr) % 16 != 0 || t.stride_b % 8 != 0 ||
+      t.stride_m % 8 != 0 || t.stride_h % 8 != 0) {
+    throw std::runtime_error("fastlm_cuda: attention takes tensors aligned to 16 bytes");
+  }
+  return t;
 }
 
 // x where 16-byte pieces of it can be copied, else a copy. Python sees to strides; compiled code has
