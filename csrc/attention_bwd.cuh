@@ -155,8 +155,8 @@ __device__ inline float safe_lse(float lse) {
   return lse == -INFINITY ? INFINITY : lse * kLog2E;
 }
 
-// Writes `factor` times a warp's rows through its own rows of `tile`, so that 16 bytes go to memory
-// at a time. `to`: of row 0; rows from `live` on are 0, rows from `end` on are not written.
+// Writes `factor` times a warp's rows through its own rows of `tile`, which nobody reads any more, so
+// that 16 bytes go to memory at a time. `to`: of row 0; rows from `live` on are 0, rows from `end` on are not written.
 template <typename T, int D, int kRowTiles>
 __device__ inline void store_result(T* tile, const float (&x)[kRowTiles][D / 8][4], float factor,
                                     T* to, int64_t stride_m, int first_row, int row, int live,

@@ -16,13 +16,13 @@ namespace fastlm {
 // fragments of q and do feed four products each; from head dim 96 on registers hold 16, and k, kept
 // there, leaves shared memory to a stage of 64 queries and stays below the 99 KiB of sm_86. At 256
 // there is no room for both results: dv and dk have a pass each, 5 products in the place of 4.
-__host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout) {
+__host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout, bool dk) {
   const int chunk = dropout || headdim <= 32 || headdim > 128 ? 16 : 32;
   if (headdim <= 32) return {2, 4, 32, 4, chunk, true, true, dropout ? 2 : 3};
   if (headdim <= 64) return {2, 4, 32, 3, chunk, false, false, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, false, 1};
   if (headdim <= 128) return {1, 8, 32, 4, chunk, true, false, 1};
-  return {1, 8, 32, 2, chunk, true, false, 1};
+  return {1, 8, dk ? 16 : 32, dk ? 4 : 2, dk || dropout ? 16 : 32, true, false, 1};
 }
 
 // What a program works on: a tile of keys of one key head.
@@ -130,9 +130,9 @@ struct DkvLaunch {
 
 // kDk, kDv: which of the two a pass has.
 template <typename T, int D, bool kDropout, bool kDk, bool kDv>
-__global__ void __launch_bounds__(dkv_tile(D, kDropout).threads(), dkv_tile(D, kDropout).blocks)
+__global__ void __launch_bounds__(dkv_tile(D, kDropout, kDk).threads(), dkv_tile(D, kDropout, kDk).blocks)
     attention_dkv_kernel(const AttentionBackwardParams backward, const DkvLaunch launched) {
-  constexpr BackwardTile kTile = dkv_tile(D, kDropout);
+  constexpr BackwardTile kTile = dkv_tile(D, kDropout, kDk);
   constexpr int kRows = kTile.rows(), kRowTiles = kTile.row_tiles, kThreads = kTile.threads();
   constexpr int kQueries = kTile.others, kChunk = kTile.chunk;
   const AttentionParams& p = backward.forward;
@@ -240,12 +240,12 @@ __global__ void __launch_bounds__(dkv_tile(D, kDropout).threads(), dkv_tile(D, k
   sync_block();
   if constexpr (kDk) {
     store_result<T, D, kRowTiles>(
-        ring, dk, p.scale, row_0<T>(backward.dk, place.batch, sequence.first_k, place.head_k),
+        shared_memory<T>(), dk, p.scale, row_0<T>(backward.dk, place.batch, sequence.first_k, place.head_k),
         backward.dk.stride_m, first_key, row, sequence.n_k, stored, p.headdim);
   }
   if constexpr (kDv) {
     store_result<T, D, kRowTiles>(
-        ring, dv, kDropout ? p.dropout_scale : 1.0f,
+        shared_memory<T>(), dv, kDropout ? p.dropout_scale : 1.0f,
         row_0<T>(backward.dv, place.batch, sequence.first_k, place.head_k), backward.dv.stride_m,
         first_key, row, sequence.n_k, stored, p.headdim);
   }
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(dkv_tile(D, kDropout).threads(), dkv_tile(D, k
 template <typename T, int D, bool kDropout, bool kDk, bool kDv>
 cudaError_t launch_attention_dkv_pass(const AttentionBackwardParams& backward,
                                       cudaStream_t stream) {
-  constexpr BackwardTile kTile = dkv_tile(D, kDropout);
+  constexpr BackwardTile kTile = dkv_tile(D, kDropout, kDk);
   constexpr size_t kShared = kTile.shared_bytes(D) + kTile.stages * kTile.others * sizeof(QueryStats);
   const AttentionParams& p = backward.forward;
   const int64_t heads = int64_t{p.batch} * p.nheads_k;

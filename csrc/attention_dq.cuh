@@ -19,7 +19,7 @@ __host__ __device__ constexpr BackwardTile dq_tile(int headdim, bool dropout) {
   if (headdim <= 64) return {2, 4, 32, 4, chunk, true, true, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, true, 1};
   if (headdim <= 128) return {1, 8, 32, 4, chunk, true, true, 1};
-  return {1, 8, 32, 2, chunk, true, false, 1};
+  return {1, 8, 16, dropout ? 2 : 4, 16, !dropout, false, 1};
 }
 
 // Philox's words for a 16x8 tile of queries and keys, as `drop` of the forward has them.
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(dq_tile(D, kDropout).threads(), dq_tile(D, kDr
 
   copy_async_wait<0>();
   sync_block();
-  store_result<T, D, kRowTiles>(ring, dq, p.scale,
+  store_result<T, D, kRowTiles>(shared_memory<T>(), dq, p.scale,
                                 row_0<T>(backward.dq, place.batch, sequence.first_q, place.head),
                                 backward.dq.stride_m, first_row, row, sequence.n_q, sequence.n_q,
                                 p.headdim);

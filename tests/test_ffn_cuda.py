@@ -122,6 +122,17 @@ def test_dy_of_another_dtype_is_refused(impl, device):
         torch.ops.fastlm_cuda.glu_bwd(dy, x, x, "gelu", True, True, False)
 
 
+def test_results_may_be_written_to(impl, device):
+    """Autograd forbids it for a view that an autograd function returns."""
+    x = randn(3, 8, device=device).requires_grad_()
+    for run in (
+        lambda: fastlm.bias_act(x, activation="gelu", impl=impl),
+        lambda: fastlm.glu(x, x, impl=impl),
+    ):
+        expected = torch.autograd.grad(run().mul(2).sum(), x)
+        assert all_equal(torch.autograd.grad(run().mul_(2).sum(), x), expected)
+
+
 def shifted(x, by):
     """x at an address that is `by` elements after an aligned one."""
     there = torch.empty(x.numel() + by, dtype=x.dtype, device=x.device)[by:].view(x.shape)

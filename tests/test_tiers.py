@@ -21,6 +21,9 @@ FLOORS = json.loads((HERE / "floors.json").read_text())
         ("test_wheel.py", {}, "repository"),
         ("test_norm.py", {"impl": "triton"}, "interpreter"),
         ("test_attention_kernels.py", {}, "interpreter"),
+        ("test_norm.py", {"impl": "cuda"}, "simt"),
+        ("test_simt.py", {}, "simt"),
+        ("test_cuda_conformance.py", {}, "simt"),
         ("test_norm.py", {"impl": "torch"}, "reference"),
         ("test_attention_bias.py", {}, "reference"),
         ("test_models.py", {}, "integration"),
@@ -31,7 +34,8 @@ def test_tier_of_a_test(file, params, tier):
 
 
 def test_floors_name_every_tier():
-    assert sorted(FLOORS) == ["compile", "integration", "interpreter", "reference", "repository"]
+    names = ["compile", "integration", "interpreter", "reference", "repository", "simt"]
+    assert sorted(FLOORS) == names
     assert min(FLOORS.values()) > 0
 
 

@@ -19,12 +19,11 @@ __device__ inline float exp2_approx(float x) {
 #endif
 }
 
-// 1 / x with a relative error below 2^-23; denormal numbers are 0, given or resulting. 1 / 0 = inf.
+// 1 / x to 1 unit in the last place; denormal x and results are 0. 1 / 0 = inf, 1 / inf = 0.
 __device__ inline float reciprocal_approx(float x) {
 #ifdef FASTLM_SIMT
-  constexpr float kTiny = 1.17549435e-38f;
-  const float y = fabsf(x) < kTiny ? copysignf(HUGE_VALF, x) : 1.0f / x;
-  return fabsf(y) < kTiny ? copysignf(0.0f, x) : y;
+  const auto flush = [](float y) { return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f * y : y; };
+  return flush(1.0f / flush(x));
 #else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

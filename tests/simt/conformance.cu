@@ -33,19 +33,20 @@ __global__ void shuffles_kernel(const uint32_t* in, uint32_t* out) {
   mine[7] = as_bits(warp_sum(x));
 }
 
-// 16-byte pieces through shared memory: copied, zero-filled, loaded and stored
-// with a hint and without.
+// 16-byte pieces through shared memory: copied, zero-filled, loaded and stored, with a hint too.
 __global__ void copies_kernel(const uint32_t* in, uint32_t* out) {
   auto* shared = shared_memory<uint4>();
   const int lane = lane_id();
   const auto* pieces = reinterpret_cast<const uint4*>(in);
   copy_async_16(shared + lane, pieces + lane, lane % 3 != 0);
   copy_async_commit();
-  const uint4* other = pieces + (lane + 5) % 32;
-  store_16_once(out + lane * kWords, lane % 2 == 0 ? load_16_once(other) : load_16(other));
+  store_16(out + lane * kWords, load_16_once(pieces + (lane + 5) % 32));
+  shared[32 + lane] = load_16(pieces + lane);
   copy_async_wait<0>();
   sync_block();
-  store_16(out + lane * kWords + 4, shared[31 - lane]);
+  const uint4 copied = shared[31 - lane], loaded = shared[32 + 31 - lane];
+  store_16_once(out + lane * kWords + 4,
+                uint4{copied.x, copied.y, copied.z ^ loaded.x, copied.w ^ loaded.w});
 }
 
 template <bool Transposed>
@@ -77,12 +78,11 @@ __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
   for (int i = 4; i < kWords; i++) out[lane_id() * kWords + i] = 0;
 }
 
-template <bool Reciprocal>
+template <float (*function)(float)>
 __global__ void math_kernel(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < kWords; i++) {
     const int place = lane_id() * kWords + i;
-    const float x = as_float(in[place]);
-    out[place] = as_bits(Reciprocal ? reciprocal_approx(x) : exp2_approx(x));
+    out[place] = as_bits(function(as_float(in[place])));
   }
 }
 
@@ -105,7 +105,9 @@ __global__ void philox_kernel(const uint32_t* in, uint32_t* out) {
 }
 
 cudaError_t run(int wrapper, const uint32_t* in, uint32_t* out) {
-  const auto one_warp = [&](auto kernel) { return launch(kernel, dim3(1), 32, 512, nullptr, in, out); };
+  const auto one_warp = [&](auto kernel) {
+    return launch(kernel, dim3(1), 32, 1024, nullptr, in, out);
+  };
   switch (wrapper) {
     case 0: return one_warp(shuffles_kernel);
     case 1: return one_warp(copies_kernel);
@@ -113,10 +115,10 @@ cudaError_t run(int wrapper, const uint32_t* in, uint32_t* out) {
     case 3: return one_warp(matrices_kernel<true>);
     case 4: return one_warp(mma_kernel<__half>);
     case 5: return one_warp(mma_kernel<__nv_bfloat16>);
-    case 6: return one_warp(math_kernel<false>);
-    case 7: return one_warp(conversions_kernel);
-    case 8: return one_warp(philox_kernel);
-    case 9: return one_warp(math_kernel<true>);
+    case 6: return one_warp(math_kernel<exp2_approx>);
+    case 7: return one_warp(math_kernel<reciprocal_approx>);
+    case 8: return one_warp(conversions_kernel);
+    case 9: return one_warp(philox_kernel);
     default: return cudaErrorInvalidValue;
   }
 }

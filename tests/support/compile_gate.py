@@ -174,6 +174,7 @@ def _pretend(name: str) -> None:
     spec.loader.exec_module(library)
     # Meta tensors would reach the contracts' fakes; without registration they reach the launchers.
     library.contract = lambda fake, mutates=(): lambda launch: launch
+    library.cuda_contract = lambda contract, fake: None
 
     import triton
     from triton.backends.compiler import GPUTarget

@@ -34,6 +34,7 @@ PLACES = ["-fno-thread-jumps", "-fno-crossjumping"]
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes".split()
 # The lowest level at which the emulated kernels are not slower than compiling them is.
 OPTIMIZED = ["-O1"]
+SCHEDULER = ["-O3"]  # small, and most of the time
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -61,7 +62,7 @@ def _flags(sanitized: bool) -> list[str]:
         *(SANITIZED if sanitized else OPTIMIZED),
         *PLACES,
         *WARNINGS,
-        *("-I", str(ROOT / "csrc"), "-isystem", str(SIMT)),
+        *("-I", str(ROOT / "csrc"), "-I", str(SIMT)),
         *("-isystem", str(torch), "-isystem", str(cuda)),
     ]
 
@@ -70,23 +71,38 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@functools.cache
-def _headers() -> str:
-    """Of every header: a change of one compiles all again."""
-    files = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *SIMT.glob("*.h")]
-    torch = (_package("torch") / "version.py").read_text()
-    return _hash(torch, *((str(file), file.read_bytes()) for file in sorted(files)))
+def _dependencies(listed: Path) -> list[Path]:
+    """The files in what g++ -MMD wrote: "target: file file", with spaces and line ends escaped."""
+    text = listed.read_text().split(": ", 1)[1].replace("\\\n", " ")
+    names = re.split(r"(?<!\\)\s+", text.strip())
+    return [Path(name.replace("\\ ", " ")) for name in names]
 
 
 def _compile(source: Path, sanitized: bool) -> Path:
+    """The object file, made anew where the source, a header that it includes, or a flag changed."""
     flags = _flags(sanitized)
-    target = OUT / f"{source.stem}-{_hash(source.read_bytes(), flags, _headers())}.o"
-    if not target.exists():
-        partial = target.with_suffix(".part")
-        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
-        _run(command)
-        partial.rename(target)
-    return target
+    if source.parent == SIMT and source.suffix == ".cpp":
+        flags += SCHEDULER
+    base = f"{source.stem}-{_hash(str(source), flags, _torch_version())}"
+    listed = OUT / f"{base}.d"
+
+    def target() -> Path:
+        contents = [file.read_bytes() for file in _dependencies(listed) if file.exists()]
+        return OUT / f"{base}-{_hash(contents)}.o"
+
+    if not listed.exists() or not target().exists():
+        partial = OUT / f"{base}.part"
+        _run(["g++", *flags, "-MMD", "-MF", str(listed), "-x", "c++", "-c", str(source),
+              "-o", str(partial)])  # fmt: skip
+        for old in OUT.glob(f"{base}-*.o"):
+            old.unlink()
+        partial.rename(target())
+    return target()
+
+
+@functools.cache
+def _torch_version() -> str:
+    return (_package("torch") / "version.py").read_text()
 
 
 def _run(command: list[str]) -> None:
@@ -125,15 +141,24 @@ _current: ctypes.CDLL | None = None
 _path: Path | None = None
 
 
+_error: Exception | None = None
+
+
 def load(*, sanitized: bool = False) -> None:
     """From here on, `impl="cuda"` takes CPU tensors."""
-    global _current, _path
+    global _current, _path, _error
+    if _error is not None:  # one attempt is enough for all tests of a process
+        raise _error
     if _current is None:
         from fastlm import cuda_library
 
-        _path = build(sanitized=sanitized)
-        cuda_library.load(_path, "cpu")
-        _current = ctypes.CDLL(str(_path))
+        try:
+            _path = build(sanitized=sanitized)
+            cuda_library.load(_path, "cpu")
+            _current = ctypes.CDLL(str(_path))
+        except Exception as error:
+            _error = error
+            raise
 
 
 def configure(copies: str = "late", schedule: str = "lockstep", seed: int = 0) -> None:
