@@ -136,6 +136,6 @@ SevenTensors attention_bwd_op(
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
-  m.impl("attention_fwd", TORCH_BOX(&fastlm::attention_fwd_op));
-  m.impl("attention_bwd", TORCH_BOX(&fastlm::attention_bwd_op));
+  m.impl("attention_fwd", fastlm::boxed<fastlm::attention_fwd_op>);
+  m.impl("attention_bwd", fastlm::boxed<fastlm::attention_bwd_op>);
 }
