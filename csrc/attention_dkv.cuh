@@ -14,14 +14,15 @@ namespace fastlm {
 // Per thread, dk and dv take row_tiles * headdim / 2 registers each, scores and dp together
 // row_tiles * chunk, and what is kept of k or v row_tiles * headdim / 4 each. With 32 keys a warp,
 // fragments of q and do feed four products each; from head dim 96 on registers hold 16, and k, kept
-// there, leaves shared memory to a stage of 64 queries and stays below the 99 KiB of sm_86. At 256
-// there is no room for both results: dv and dk have a pass each, 5 products in the place of 4.
+// there, leaves shared memory to a stage of 64 queries and stays below the 99 KiB of sm_86. At 128
+// only a stage of a single chunk leaves the last registers that ptxas wants for either target. At
+// 256 there is no room for both results: dv and dk have a pass each, 5 products in the place of 4.
 __host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout, bool dk) {
-  const int chunk = dropout || headdim <= 32 || headdim > 128 ? 16 : 32;
+  const int chunk = headdim == 96 && !dropout ? 32 : 16;
   if (headdim <= 32) return {2, 4, 32, 4, chunk, true, true, dropout ? 2 : 3};
   if (headdim <= 64) return {2, 4, 32, 3, chunk, false, false, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, false, 1};
-  if (headdim <= 128) return {1, 8, 32, 4, chunk, true, false, 1};
+  if (headdim <= 128) return {1, 8, dropout ? 32 : 16, 4, chunk, true, false, 1};
   return {1, 8, dk ? 16 : 32, dk ? 4 : 2, dk || dropout ? 16 : 32, true, false, 1};
 }
 

@@ -13,9 +13,10 @@ namespace fastlm {
 // Per thread, dq takes row_tiles * headdim / 2 registers, scores and dp together row_tiles * chunk,
 // and what is kept of q or do row_tiles * headdim / 4 each. With 32 queries a warp, fragments of k
 // and v feed four products each; from head dim 96 on registers hold 16, and q and do kept there
-// leave shared memory's bandwidth to k and v. At 256 only q fits.
+// leave shared memory's bandwidth to k and v. At 256 only q fits, and with dropout neither. Dropout's
+// words take registers of their own, so its chunks are smaller.
 __host__ __device__ constexpr BackwardTile dq_tile(int headdim, bool dropout) {
-  const int chunk = dropout || headdim > 128 ? 16 : 32;
+  const int chunk = dropout || headdim > 128 || headdim == 64 ? 16 : 32;
   if (headdim <= 64) return {2, 4, 32, 4, chunk, true, true, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, true, 1};
   if (headdim <= 128) return {1, 8, 32, 4, chunk, true, true, 1};
@@ -150,13 +151,16 @@ __global__ void __launch_bounds__(dq_tile(D, kDropout).threads(), dq_tile(D, kDr
 #pragma unroll
   for (int i = 0; i < kTile.stages - 1; i++) copy(i);
 
-  const LanePlaces<D> places = lane_places<D>(0), places_trans = lane_places_trans<D>(0);
+  int first = lane_places<D>(0).at[0], first_trans = lane_places_trans<D>(0).at[0];
   const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
   float dq[kRowTiles][D / 8][4] = {};
   auto add = [&](int i, auto masked) {
     copy_async_wait<kTile.stages - 2>();
     sync_block();  // block i is there, and nobody reads block i - 1
     copy(i + kTile.stages - 1);
+    forget(first);
+    forget(first_trans);
+    const LanePlaces<D> places(first), places_trans(first_trans);
     const T* k_tile = ring + i % kTile.stages * (2 * kKeys * D);
     const T* v_tile = k_tile + kKeys * D;
     const int start = blocks.start(i, kKeys);

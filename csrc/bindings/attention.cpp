@@ -28,6 +28,12 @@ AttentionTensor attention_tensor(const Tensor& x) {
   return {data_of(x), packed ? 0 : x.stride(0), x.stride(packed ? 0 : 1), x.stride(packed ? 1 : 2)};
 }
 
+// x where 16-byte pieces of it can be copied, else a copy. Python sees to strides; compiled code has
+// no address to look at, so that this is where a slice from an odd place shows.
+Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
+}
+
 const int* int_data(const MaybeTensor& x) { return static_cast<const int*>(data_of(x)); }
 
 AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -80,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd_op(
     std::string causal, double softmax_scale, int64_t window_left, int64_t window_right, double,
     double dropout_p, bool, int64_t, int64_t max_seqlen_q, int64_t max_seqlen_k, bool) {
   const LaunchScope scope(q);
+  q = aligned(q), k = aligned(k), v = aligned(v);
   const bool packed = cu_seqlens_q.has_value();
   const Tensor out = new_like(q, packed);
   const Tensor lse =
@@ -104,8 +111,9 @@ SevenTensors attention_bwd_op(
     double dropout_p, bool, int64_t, int64_t max_seqlen_q, int64_t max_seqlen_k, bool need_dq,
     bool need_dkv, bool, bool, bool, bool) {
   const LaunchScope scope(q);
+  dout = aligned(dout), q = aligned(q), k = aligned(k), v = aligned(v);
   const bool packed = cu_seqlens_q.has_value();
-  const Tensor nothing = new_empty(q, {0}, std::nullopt);
+  const auto nothing = [&] { return new_empty(q, {0}, std::nullopt); };
   const auto gradient = [&](const Tensor& x, bool needed) {
     return needed ? new_like(x, packed) : new_empty(x, {0}, x.scalar_type());
   };
@@ -129,13 +137,13 @@ SevenTensors attention_bwd_op(
     call.dv = attention_tensor(dv);
     check(attention_bwd_dkv(call, scope.stream()), "attention_bwd");
   }
-  return {dq, dk, dv, nothing, nothing, nothing, nothing};
+  return {dq, dk, dv, nothing(), nothing(), nothing(), nothing()};
 }
 
 }  // namespace
 }  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, FASTLM_DISPATCH_KEY, m) {
-  m.impl("attention_fwd", TORCH_BOX(&fastlm::attention_fwd_op));
-  m.impl("attention_bwd", TORCH_BOX(&fastlm::attention_bwd_op));
+  m.impl("attention_fwd", fastlm::boxed<fastlm::attention_fwd_op>);
+  m.impl("attention_bwd", fastlm::boxed<fastlm::attention_bwd_op>);
 }
