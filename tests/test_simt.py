@@ -192,11 +192,4 @@ def test_every_kernel_under_the_sanitizers(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     launched = set(json.loads(report.read_text()))
-    assert launched and launched == kernels(), kernels() - launched
-
-
-def kernels() -> set[str]:
-    """The names of all kernels in csrc."""
-    files = [f for end in ("*.cu", "*.cuh") for f in (simt_build.ROOT / "csrc").rglob(end)]
-    pattern = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(")
-    return {name for file in files for name in pattern.findall(file.read_text())}
+    assert launched == simt_build.kernel_names()

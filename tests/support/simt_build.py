@@ -42,6 +42,15 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc").rglob("*.cu"))
 
 
+def kernel_names() -> set[str]:
+    """Of every kernel in csrc; each ends in `_kernel`, whatever launch bounds come before."""
+    files = [file for end in ("*.cu", "*.cuh") for file in (ROOT / "csrc").rglob(end)]
+    source = "\n".join(file.read_text() for file in files)
+    names = re.findall(r"__global__ void\b[^;{]*?\b(\w+_kernel)\(", source)
+    assert names and len(names) == source.count("__global__")
+    return set(names)
+
+
 def binding_sources() -> list[Path]:
     """All but the module of host facts, which has no operator."""
     files = (ROOT / "csrc" / "bindings").glob("*.cpp")
