@@ -16,14 +16,15 @@ namespace fastlm {
 // fragments of q and do feed four products each; from head dim 96 on registers hold 16, and k, kept
 // there, leaves shared memory to a stage of 64 queries and stays below the 99 KiB of sm_86. At 128
 // only a stage of a single chunk leaves the last registers that ptxas wants for either target. At
-// 256 there is no room for both results: dv and dk have a pass each, 5 products in the place of 4.
+// 256 there is no room for both results: dv and dk have a pass each, 5 products in the place of 4,
+// and only dk without dropout has the registers to keep k.
 __host__ __device__ constexpr BackwardTile dkv_tile(int headdim, bool dropout, bool dk) {
   const int chunk = headdim == 96 && !dropout ? 32 : 16;
   if (headdim <= 32) return {2, 4, 32, 4, chunk, true, true, dropout ? 2 : 3};
   if (headdim <= 64) return {2, 4, 32, 3, chunk, false, false, 2};
   if (headdim <= 96) return {1, 8, 64, 2, chunk, true, false, 1};
   if (headdim <= 128) return {1, 8, dropout ? 32 : 16, 4, chunk, true, false, 1};
-  return {1, 8, dk ? 16 : 32, dk ? 4 : 2, dk || dropout ? 16 : 32, true, false, 1};
+  return {1, 8, 16, dk && !dropout ? 4 : 2, 16, dk && !dropout, false, 1};
 }
 
 // What a program works on: a tile of keys of one key head.

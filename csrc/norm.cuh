@@ -64,10 +64,12 @@ __device__ inline Vector<T, V> load_whole(const T* from) {
   else return {*reinterpret_cast<const uint2*>(from)};
 }
 
-template <typename T, int V>
+// Of a kernel for any dtype, ptxas knows better how to order stores than to spill for one access.
+template <bool kAny, typename T, int V>
 __device__ inline void store_whole(T* to, const Vector<T, V>& x) {
-  if constexpr (sizeof(x) == 16) store_16(to, x.words);
-  else *reinterpret_cast<uint2*>(to) = x.words;
+  if constexpr (kAny) *reinterpret_cast<decltype(Vector<T, V>::words)*>(to) = x.words;
+  else if constexpr (sizeof(x) == 16) store_16(to, x.words);
+  else store_8(to, x.words);
 }
 
 template <typename T, int V>
@@ -156,7 +158,7 @@ __device__ inline void load_floats(float (&to)[V], const NormTensor& x, int64_t 
   }
 }
 
-template <typename T, int V>
+template <bool kAny, typename T, int V>
 __device__ inline void store_floats_of(T* to, const float (&x)[V], int count, bool aligned) {
   if (aligned) {
     constexpr int kStep = V * sizeof(T) > 16 ? 16 / sizeof(T) : V;
@@ -167,7 +169,7 @@ __device__ inline void store_floats_of(T* to, const float (&x)[V], int count, bo
       for (int j = 0; j < kStep; j++) part[j] = x[i + j];
       Vector<T, kStep> vector;
       pack(&vector, part);
-      store_whole(to + i, vector);
+      store_whole<kAny>(to + i, vector);
     }
   } else {
 #pragma unroll
@@ -177,16 +179,17 @@ __device__ inline void store_floats_of(T* to, const float (&x)[V], int count, bo
   }
 }
 
-template <int V>
+// kAny: in a kernel of Any.
+template <bool kAny, int V>
 __device__ inline void store_floats(const NormTensor& to, int64_t at, const float (&x)[V],
                                     int count, bool aligned) {
   switch (to.dtype) {
     case Dtype::kFloat32:
-      return store_floats_of(static_cast<float*>(to.ptr) + at, x, count, aligned);
+      return store_floats_of<kAny>(static_cast<float*>(to.ptr) + at, x, count, aligned);
     case Dtype::kFloat16:
-      return store_floats_of(static_cast<__half*>(to.ptr) + at, x, count, aligned);
+      return store_floats_of<kAny>(static_cast<__half*>(to.ptr) + at, x, count, aligned);
     case Dtype::kBFloat16:
-      return store_floats_of(static_cast<__nv_bfloat16*>(to.ptr) + at, x, count, aligned);
+      return store_floats_of<kAny>(static_cast<__nv_bfloat16*>(to.ptr) + at, x, count, aligned);
   }
 }
 
@@ -273,6 +276,33 @@ inline bool is_aligned(const NormTensor& x, int64_t cols, int v) {
   const int bytes = v * element_size(x.dtype);
   return cols % v == 0 && x.stride % v == 0 &&
          reinterpret_cast<uintptr_t>(x.ptr) % (bytes < 16 ? bytes : 16) == 0;
+}
+
+// Wide rows are summed up segment by segment, and the sums of segments in order: by one block, or,
+// where rows are too few for the device, by a block for each segment in a first launch and by all
+// of them again in a second. Either way a row gets the same bits.
+constexpr int64_t kSegment = 16384;  // a multiple of the tiles
+enum class Phase { kAll, kSums, kResults };
+
+struct Segments {
+  int64_t row, begin, end;  // of segments
+
+  __device__ Segments(int64_t cols, int splits, Phase phase)
+      : row(blockIdx.x), begin(0), end(ceil_div(cols, kSegment)) {
+    if (phase == Phase::kAll) return;
+    row = blockIdx.x / splits;
+    begin = blockIdx.x % splits;
+    end = begin + 1;
+  }
+};
+
+// Calls launch(phase, blocks) once, or for the sums and then for the results.
+template <typename Launch>
+cudaError_t launch_phases(int64_t rows, int splits, const Launch& launch) {
+  const dim3 blocks(static_cast<unsigned>(rows * splits));
+  if (splits == 1) return launch(Phase::kAll, blocks);
+  const cudaError_t error = launch(Phase::kSums, blocks);
+  return error != cudaSuccess ? error : launch(Phase::kResults, blocks);
 }
 
 }  // namespace fastlm

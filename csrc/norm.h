@@ -34,6 +34,8 @@ struct NormForward {
   const int64_t* seed;  // on the device; nullptr: no dropout
   uint32_t dropout_threshold;
   float dropout_scale;
+  int splits;      // from norm_splits
+  float* moments;  // scratch: three floats for each split of a row
 };
 
 struct NormBackward {
@@ -52,7 +54,13 @@ struct NormBackward {
   const int64_t* seed;
   uint32_t dropout_threshold;
   float dropout_scale;
+  int splits;   // from norm_splits
+  float* sums;  // scratch: two floats for each split of a row
 };
+
+// In how many blocks to work on a row: more than 1 where rows are wide and too few for the current
+// device. Their scratch is then wanted, else nullptr.
+cudaError_t norm_splits(int64_t rows, int64_t cols, int* splits);
 
 cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream);
 

@@ -108,7 +108,7 @@ __device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
     for (int i = 0; i < V; i++) dz[i] *= in.rstd;
   }
   const int64_t at = row * call.cols + col;
-  if (call.dz.ptr != nullptr) store_floats(call.dz, at, dz, count, whole);
+  if (call.dz.ptr != nullptr) store_floats<std::is_same_v<Z, Any>>(call.dz, at, dz, count, whole);
   if (call.dx.ptr == nullptr) return;
   if (call.seed != nullptr) {
 #pragma unroll
@@ -116,7 +116,7 @@ __device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
       dz[i] = keep >> (V * k + i) & 1 ? dz[i] * call.dropout_scale : 0.0f;
     }
   }
-  store_floats(call.dx, at, dz, count, whole);
+  store_floats<std::is_same_v<Z, Any>>(call.dx, at, dz, count, whole);
 }
 
 template <typename DY, typename Z, int V, int Items>

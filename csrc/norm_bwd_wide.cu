@@ -1,6 +1,7 @@
 // Backward of LayerNorm and RMSNorm for rows too wide for the registers of a block, in two kernels.
 // A row goes to a block, tile by tile, dy and z waiting in shared memory, where they fit, for the
-// row's two sums: 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
+// row's two sums (where rows are fewer than multiprocessors, a segment of a row goes to a block, in
+// two launches): 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
 // columns, and read dy and z once more, 4 bytes; a group of rows leaves one fp32 row of sums.
 #include "norm_bwd.cuh"
 
@@ -14,15 +15,17 @@ constexpr int kWideItems = 8;     // columns of a thread in a tile
 constexpr int kColumnsWarps = 8;  // of a block of norm_bwd_columns_kernel, each with its rows
 constexpr int kSlots = 2 * 32;    // of row_sum: two floats a warp
 
-// dz and dx of rows of any width: a block each, tile by tile.
+// dz and dx of rows of any width: a block each, or one for each segment, tile by tile.
 template <typename DY, typename Z, int V>
 __global__ void __launch_bounds__(kWideBlock, 1)
-    norm_bwd_wide_kernel(NormBackward call, Plan plan) {
+    norm_bwd_wide_kernel(NormBackward call, Plan plan, Phase phase) {
   constexpr int kTile = kWideBlock * kWideItems;
   constexpr int kVectors = kWideItems / V;
+  static_assert(kSegment % kTile == 0);
   const bool whole = is_whole<Z>(plan);
   const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
-  const int64_t row = blockIdx.x;
+  const Segments segments(call.cols, call.splits, phase);
+  const int64_t row = segments.row;
   float* slots = shared_memory<float>();
   const int64_t row_vectors = ceil_div<int64_t>(call.cols, V);
   Vector<DY, V>* kept_dy = reinterpret_cast<Vector<DY, V>*>(slots + kSlots);
@@ -30,25 +33,50 @@ __global__ void __launch_bounds__(kWideBlock, 1)
 
   Incoming<DY, Z, V, kWideItems> in;
   float sums[2] = {0.0f, 0.0f};
-  for (int64_t first = 0; first < call.cols; first += kTile) {
-    load_incoming(&in, call, row, columns, first, whole);
+#pragma unroll 1
+  for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
+       segment++) {
+    float mine[2] = {0.0f, 0.0f};
+    const int64_t end = min((segment + 1) * kSegment, call.cols);
+    for (int64_t first = segment * kSegment; first < end; first += kTile) {
+      load_incoming(&in, call, row, columns, first, whole);
 #pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      const auto col = columns.at(first, k);
-      float weight[V];
-      load_weight(weight, call, col, whole);
-      add_sums(sums, in, k, weight);
-      if (plan.keeps_shared && col < call.cols) {
-        kept_dy[col / V] = in.dy[k];
-        kept_z[col / V] = in.z[k];
+      for (int k = 0; k < kVectors; k++) {
+        const auto col = columns.at(first, k);
+        float weight[V];
+        load_weight(weight, call, col, whole);
+        add_sums(mine, in, k, weight);
+        if (plan.keeps_shared && col < call.cols) {
+          kept_dy[col / V] = in.dy[k];
+          kept_z[col / V] = in.z[k];
+        }
       }
     }
+    sync_block();  // the slots are free again
+    row_sum(mine, kWideBlock, slots);
+    sums[0] += mine[0];
+    sums[1] += mine[1];
   }
-  row_sum(sums, kWideBlock, slots);
+  float* scratch = call.sums + row * call.splits * 2;
+  if (phase == Phase::kSums) {
+    if (threadIdx.x == 0) {
+      scratch[segments.begin * 2] = sums[0];
+      scratch[segments.begin * 2 + 1] = sums[1];
+    }
+    return;
+  }
+  if (phase == Phase::kResults) {
+#pragma unroll 1
+    for (int i = 0; i < call.splits; i++) {
+      sums[0] += scratch[i * 2];
+      sums[1] += scratch[i * 2 + 1];
+    }
+  }
   const float n = static_cast<float>(call.cols);
   const float means[2] = {call.kind == NormKind::kLayer ? sums[0] / n : 0.0f, sums[1] / n};
 
-  for (int64_t first = 0; first < call.cols; first += kTile) {
+  const int64_t end = min(segments.end * kSegment, call.cols);
+  for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
     if (!plan.keeps_shared) load_incoming(&in, call, row, columns, first, whole);
     const uint32_t keep = keep_bits_of<V, kWideItems>(call, row, columns, first);
 #pragma unroll
@@ -104,10 +132,13 @@ cudaError_t launch_wide(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
     size_t shared = kSlots * sizeof(float);
     const size_t row =
         ceil_div<int64_t>(call.cols, V) * (sizeof(Vector<DY, V>) + sizeof(Vector<Z, V>));
-    plan.keeps_shared = shared + row <= static_cast<size_t>(device.shared_bytes);
+    plan.keeps_shared =
+        call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
     if (plan.keeps_shared) shared += row;
-    error = launch(norm_bwd_wide_kernel<DY, Z, V>, dim3(static_cast<unsigned>(call.rows)),
-                   kWideBlock, shared, stream, call, plan);
+    error = launch_phases(call.rows, call.splits, [&](Phase phase, dim3 blocks) {
+      return launch(norm_bwd_wide_kernel<DY, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
+                    phase);
+    });
     if (error != cudaSuccess) return error;
   }
   if (call.dweight_partials == nullptr && call.dbias_partials == nullptr) return cudaSuccess;

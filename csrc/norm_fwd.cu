@@ -7,7 +7,8 @@
 // multiprocessor reads them.
 //
 // A wider row goes to one block, tile by tile: statistics are merged (Chan et al.), and z waits in
-// shared memory, where it fits, for the second pass, which otherwise reads and adds again.
+// shared memory, where it fits, for the second pass, which otherwise reads and adds again. Where
+// rows are fewer than multiprocessors, each segment of a row goes to a block, in two launches.
 //
 // Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
 // Variances", 1979.
@@ -105,7 +106,7 @@ __device__ inline void store_z(const Vector<Z, V> (&z)[kItems / V], const NormFo
     if (count == 0) continue;
     float values[V];
     unpack(values, z[k]);
-    store_floats(call.z, row * call.cols + col, values, count, whole);
+    store_floats<std::is_same_v<Z, Any>>(call.z, row * call.cols + col, values, count, whole);
   }
 }
 
@@ -137,7 +138,7 @@ __device__ inline void store_y(const Vector<Z, V> (&z)[kItems / V], float mean, 
     }
 #pragma unroll
     for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
-    store_floats(call.y, row * call.cols + col, y, count, whole);
+    store_floats<std::is_same_v<Z, Any>>(call.y, row * call.cols + col, y, count, whole);
   }
 }
 
@@ -202,6 +203,16 @@ struct Moments {
   float count = 0.0f, mean = 0.0f, squares = 0.0f;
 };
 
+// Chan et al.
+__device__ inline void merge(Moments* sofar, const Moments& more) {
+  if (more.count == 0.0f) return;
+  const float delta = more.mean - sofar->mean;
+  const float share = more.count / (sofar->count + more.count);
+  sofar->squares = fmaf(delta * delta, share * sofar->count, sofar->squares + more.squares);
+  sofar->mean = fmaf(delta, share, sofar->mean);
+  sofar->count += more.count;
+}
+
 template <typename Z, int V, typename Index>
 __device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems / V],
                                 int64_t cols, bool has_mean, Columns<V> columns, Index first,
@@ -230,51 +241,80 @@ __device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems /
       squares = fmaf(deviation, deviation, squares);
     }
   }
-  const float delta = mean - sofar->mean;
-  const float share = n / (sofar->count + n);
-  sofar->squares = fmaf(delta * delta, share * sofar->count, sofar->squares + squares);
-  sofar->mean = fmaf(delta, share, sofar->mean);
-  sofar->count += n;
+  merge(sofar, {n, mean, squares});
 }
 
-// Rows of any width: a block each, tile by tile.
+// The moments of a segment, from those of the block's threads; the same in all of them.
+__device__ inline Moments block_moments(const Moments& mine, float count, bool has_mean,
+                                        float* slots) {
+  float mean[1] = {mine.count * mine.mean};
+  if (has_mean) {
+    row_sum(mean, kWideBlock, slots);
+    mean[0] /= count;
+  }
+  const float delta = mine.mean - mean[0];
+  float squares[1] = {fmaf(delta * delta, mine.count, mine.squares)};
+  row_sum(squares, kWideBlock, slots + kSlots);
+  return {count, mean[0], squares[0]};
+}
+
+// Rows of any width: a block each, or one for each segment, tile by tile.
 template <typename X, typename Z, int V>
 __global__ void __launch_bounds__(kWideBlock, 1)
-    norm_fwd_wide_kernel(NormForward call, Plan plan) {
+    norm_fwd_wide_kernel(NormForward call, Plan plan, Phase phase) {
   const bool whole = is_whole<X>(plan);
   const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
   constexpr int kTile = kWideBlock * kItems;
-  const int64_t row = blockIdx.x;
+  static_assert(kSegment % kTile == 0);
+  const Segments segments(call.cols, call.splits, phase);
+  const int64_t row = segments.row;
   float* slots = shared_memory<float>();
   Vector<Z, V>* kept = reinterpret_cast<Vector<Z, V>*>(slots + 2 * kSlots);
   const bool has_mean = call.kind == NormKind::kLayer;
 
   Vector<Z, V> z[kItems / V];
   Moments moments;
-  for (int64_t first = 0; first < call.cols; first += kTile) {
-    load_z<X, Z, V>(z, call, row, true, columns, first, whole);
-    if (call.z.ptr != nullptr) store_z(z, call, row, call.cols, columns, first, whole);
-    if (plan.keeps_shared) {
+#pragma unroll 1
+  for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
+       segment++) {
+    const int64_t end = min((segment + 1) * kSegment, call.cols);
+    Moments mine;
+    for (int64_t first = segment * kSegment; first < end; first += kTile) {
+      load_z<X, Z, V>(z, call, row, true, columns, first, whole);
+      if (call.z.ptr != nullptr) store_z(z, call, row, call.cols, columns, first, whole);
+      if (plan.keeps_shared) {
 #pragma unroll
-      for (int k = 0; k < kItems / V; k++) {
-        const auto col = columns.at(first, k);
-        if (col < call.cols) kept[col / V] = z[k];
+        for (int k = 0; k < kItems / V; k++) {
+          const auto col = columns.at(first, k);
+          if (col < call.cols) kept[col / V] = z[k];
+        }
       }
+      add_tile(&mine, z, call.cols, has_mean, columns, first, whole);
     }
-    add_tile(&moments, z, call.cols, has_mean, columns, first, whole);
+    sync_block();  // the slots are free again
+    const float count = static_cast<float>(end - segment * kSegment);
+    merge(&moments, block_moments(mine, count, has_mean, slots));
   }
-  float mean[1] = {moments.count * moments.mean};
-  if (has_mean) {
-    row_sum(mean, kWideBlock, slots);
-    mean[0] /= static_cast<float>(call.cols);
+  float* scratch = call.moments + row * call.splits * 3;
+  if (phase == Phase::kSums) {
+    if (threadIdx.x == 0) {
+      float* to = scratch + segments.begin * 3;
+      to[0] = moments.count, to[1] = moments.mean, to[2] = moments.squares;
+    }
+    return;
   }
-  const float delta = moments.mean - mean[0];
-  float squares[1] = {fmaf(delta * delta, moments.count, moments.squares)};
-  row_sum(squares, kWideBlock, slots + kSlots);
-  const float rstd = rstd_of(squares[0], call);
-  if (threadIdx.x == 0) store_statistics(call, row, mean[0], rstd);
+  if (phase == Phase::kResults) {
+#pragma unroll 1
+    for (int i = 0; i < call.splits; i++) {
+      const float* from = scratch + i * 3;
+      merge(&moments, {from[0], from[1], from[2]});
+    }
+  }
+  const float rstd = rstd_of(moments.squares, call);
+  if (threadIdx.x == 0 && segments.begin == 0) store_statistics(call, row, moments.mean, rstd);
 
-  for (int64_t first = 0; first < call.cols; first += kTile) {
+  const int64_t end = min(segments.end * kSegment, call.cols);
+  for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
     if (plan.keeps_shared) {  // by this very thread
 #pragma unroll
       for (int k = 0; k < kItems / V; k++) {
@@ -284,7 +324,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
     } else {
       load_z<X, Z, V>(z, call, row, true, columns, first, whole);
     }
-    store_y(z, mean[0], rstd, call, row, call.cols, columns, first, whole);
+    store_y(z, moments.mean, rstd, call, row, call.cols, columns, first, whole);
   }
 }
 
@@ -302,13 +342,26 @@ cudaError_t launch_rows(const NormForward& call, Plan plan, cudaStream_t stream)
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const size_t row = ceil_div<int64_t>(call.cols, V) * sizeof(Vector<Z, V>);
-  plan.keeps_shared = shared + row <= static_cast<size_t>(device.shared_bytes);
+  plan.keeps_shared =
+      call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
   if (plan.keeps_shared) shared += row;
-  return launch(norm_fwd_wide_kernel<X, Z, V>, dim3(static_cast<unsigned>(call.rows)), kWideBlock,
-                shared, stream, call, plan);
+  return launch_phases(call.rows, call.splits, [&](Phase phase, dim3 blocks) {
+    return launch(norm_fwd_wide_kernel<X, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
+                  phase);
+  });
 }
 
 }  // namespace
+
+cudaError_t norm_splits(int64_t rows, int64_t cols, int* splits) {
+  *splits = 1;
+  const int64_t segments = ceil_div(cols, kSegment);
+  if (segments == 1) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error == cudaSuccess && rows < device.multiprocessors) *splits = static_cast<int>(segments);
+  return error;
+}
 
 cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream) {
   if (call.rows == 0) return cudaSuccess;

@@ -44,7 +44,7 @@ def _try_to_load() -> str | None:
     if not PATH.exists():
         return f"its library is not built (from a checkout: {BUILD})"
     try:
-        load()
+        load(PATH)
     except OSError as error:
         return f"its library does not load: {error} (from a checkout: {BUILD})"
     return None

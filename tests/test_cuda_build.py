@@ -291,7 +291,7 @@ def test_kernels_keep_their_rules_and_the_golden_table():
     [
         ({}, None),
         ({"spills": 8}, "spills 8 bytes"),
-        ({"kernel": "attention_fwd_kernel<__half, 256, false>", "spills": 8}, None),
+        ({"kernel": "attention_fwd_kernel<__half, 256, false>", "spills": 8}, "spills 8 bytes"),
         ({"mma": 0}, "multiplies without tensor cores"),
         ({"load_bits": 64}, "loads 64 bits at a time, 128 are possible"),
         (

@@ -15,7 +15,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SEED = 0x1234_5678_9ABC_DEF0
 # Widest rows of the kernels that have a row in registers, forward and backward.
 FORWARD, BACKWARD = 16384, 8192
-# Of a block in the host build; csrc/arch/device.cuh.
+# Of a block in the host build; csrc/arch/device.cuh. It has three multiprocessors: with fewer rows,
+# wide ones are split over blocks.
 SHARED_BYTES = 65536
 
 # name: rows, cols, dtypes of x and residual. Rows beyond the grid of the backward's blocks, several
@@ -33,12 +34,15 @@ CASES = {
     "wide-backward-read-again": (2, SHARED_BYTES // 8 + 12, F32, F32),
     "wide-backward-any": (2, BACKWARD + 1, BF16, F16),
     "widest-forward": (2, FORWARD, F16, F16),
-    "wide-kept": (2, FORWARD + 8, BF16, BF16),
-    "wide-read-again": (1, FORWARD + 64, F32, F32),
-    "wide-any-kept": (1, FORWARD - 1 + 2, F16, F16),
-    "wide-any-read-again": (1, SHARED_BYTES // 2 + 9, BF16, F16),
+    "wide-kept": (3, FORWARD + 8, BF16, BF16),
+    "wide-read-again": (3, FORWARD + 64, F32, F32),
+    "wide-any-kept": (3, FORWARD - 1 + 2, F16, F16),
+    "wide-any-read-again": (3, SHARED_BYTES // 2 + 9, BF16, F16),
+    "split": (2, 2 * FORWARD + 8, BF16, BF16),
+    "split-mixed": (1, 3 * FORWARD, F16, F32),
+    "split-any": (1, FORWARD + 1, BF16, F16),
 }  # fmt: skip
-SANITIZED = ("lanes-2", "warps", "any-8", "wide-backward-kept", "wide-any-kept")
+SANITIZED = ("lanes-2", "warps", "any-8", "wide-backward-kept", "wide-any-kept", "split-any")
 
 
 def block_inputs(name, device):
@@ -153,7 +157,7 @@ def test_norm_cuda_bits_do_not_depend_on_alignment(cols, dtype, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [7, 200, 1030, BACKWARD + 8])
+@pytest.mark.parametrize("cols", [7, 200, 1030, BACKWARD + 8, 2 * FORWARD + 100])
 def test_norm_cuda_bits_of_a_row_do_not_depend_on_others(cols, impl, device):
     x, weight = randn(9, cols, device=device), randn(cols, device=device, seed=1)
     dy = randn(9, cols, device=device, seed=2)

@@ -43,12 +43,26 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
-// 16 bytes, aligned.
+// 16 bytes, aligned, in one access: a compiler may split an assignment. What is loaded so is not
+// written by the same kernel.
 __device__ inline uint4 load_16(const void* global) {
 #ifdef FASTLM_SIMT
   return simt::load_16(global);
 #else
-  return *static_cast<const uint4*>(global);
+  uint4 x;
+  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(global));
+  return x;
+#endif
+}
+
+// The same of 8 bytes.
+__device__ inline void store_8(void* global, uint2 x) {
+#ifdef FASTLM_SIMT
+  simt::store_8(global, x);
+#else
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x.x), "r"(x.y) : "memory");
 #endif
 }
 
@@ -56,7 +70,9 @@ __device__ inline void store_16(void* global, uint4 x) {
 #ifdef FASTLM_SIMT
   simt::store_16(global, x);
 #else
-  *static_cast<uint4*>(global) = x;
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
 #endif
 }
 

@@ -29,6 +29,12 @@ NormKind kind_of(const std::string& name) {
 // torch.promote_types of float32, float16 and bfloat16.
 ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
+// `floats` for each split of each row, where rows are split.
+Tensor split_scratch(const Tensor& like, int64_t rows, int splits, int64_t floats) {
+  const MaybeType dtype = splits > 1 ? MaybeType(ScalarType::Float) : std::nullopt;
+  return new_empty(like, {rows, splits, floats}, dtype);
+}
+
 FourTensors norm_fwd_op(Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias,
                         MaybeTensor seed, double eps, double dropout_p, std::string kind,
                         ScalarType out_dtype, bool keep_z) {
@@ -60,6 +66,9 @@ FourTensors norm_fwd_op(Tensor x, MaybeTensor residual, MaybeTensor weight, Mayb
   call.seed = dropout.seed;
   call.dropout_threshold = dropout.threshold;
   call.dropout_scale = dropout.scale;
+  check(norm_splits(rows, cols, &call.splits), "norm_fwd");
+  const Tensor moments = split_scratch(x, rows, call.splits, 3);
+  call.moments = static_cast<float*>(data_or_null(moments));
   check(norm_fwd(call, scope.stream()), "norm_fwd");
   return {y, z, mean, rstd};
 }
@@ -102,6 +111,9 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   call.seed = dropout.seed;
   call.dropout_threshold = dropout.threshold;
   call.dropout_scale = dropout.scale;
+  check(norm_splits(rows, cols, &call.splits), "norm_bwd");
+  const Tensor sums = split_scratch(z, rows, call.splits, 2);
+  call.sums = static_cast<float*>(data_or_null(sums));
   check(norm_bwd(call, scope.stream()), "norm_bwd");
   return {dz, dx, dweight, dbias};
 }

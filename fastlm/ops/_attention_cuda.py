@@ -9,8 +9,8 @@ from fastlm.reference.relative_bias import RelativeBias
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_HEADDIM, _MOST_HEADDIM = 32, 256
-# What a block needs where headdim is above 128; csrc/attention_fwd.cuh has the tiles.
-_WIDE_HEADDIM, _WIDE_SHARED_BYTES = 128, 163840
+# What a block needs where headdim is above 128; csrc/attention_dkv.cuh has the largest tiles.
+_WIDE_HEADDIM, _WIDE_SHARED_BYTES = 128, 164096
 
 
 def refuses(q, k, v, options: dict) -> str | None:

@@ -40,7 +40,9 @@ __global__ void copies_kernel(const uint32_t* in, uint32_t* out) {
   const auto* pieces = reinterpret_cast<const uint4*>(in);
   copy_async_16(shared + lane, pieces + lane, lane % 3 != 0);
   copy_async_commit();
-  store_16(out + lane * kWords, load_16_once(pieces + (lane + 5) % 32));
+  const uint4 moved = load_16_once(pieces + (lane + 5) % 32);
+  store_16(out + lane * kWords, uint4{moved.x, moved.y, 0, 0});
+  store_8(out + lane * kWords + 2, uint2{moved.z, moved.w});
   shared[32 + lane] = load_16(pieces + lane);
   copy_async_wait<0>();
   sync_block();

@@ -107,6 +107,8 @@ inline uint4 load_16(const void* global) {
   return x;
 }
 
+inline void store_8(void* global, uint2 x) { std::memcpy(global, &x, 8); }
+
 inline void store_16(void* global, uint4 x) {
   require_aligned(global, "16-byte store to an address that is not aligned to 16 bytes");
   std::memcpy(global, &x, 16);

@@ -3,7 +3,8 @@
 Stock, `TRITON_INTERPRET=1` multiplies bf16 bit patterns in `tl.dot`, truncates casts to bf16,
 accepts out-of-bounds accesses, dies of int32 offset overflow, and reads 0 where a masked load
 without `other=` reads anything on a GPU. After `install()` these give the right product, round to
-nearest even, raise, raise, and read NaN bits.
+nearest even, raise, raise, and read NaN bits. Products and exponentials are rounded from fp64, so
+that results do not hang on the CPU's BLAS.
 
 It replaces private functions of triton.runtime.interpreter, so the tests pin triton's version.
 """
@@ -71,7 +72,14 @@ def _widen_dot(builder) -> None:
     dot = builder.create_dot
 
     def widened(a, b, acc, *rest):
-        return dot(_bf16_to_fp32(a), _bf16_to_fp32(b), acc, *rest)
+        a, b = _bf16_to_fp32(a), _bf16_to_fp32(b)
+        if acc.dtype.scalar != tl.float32:
+            return dot(a, b, acc, *rest)
+        # Products of one pair of vectors have the same bits in every tile on a GPU. A BLAS in fp32
+        # gives other ones at the edge of a matrix than inside of it, on some CPUs.
+        with np.errstate(all="ignore"):
+            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+            return interpreter.TensorHandle((product + acc.data).astype(np.float32), tl.float32)
 
     builder.create_dot = widened
 
