@@ -24,8 +24,7 @@ struct Options {
 };
 
 // Strides of dimensions of size 1 mean nothing, and rows past the end are not read, but their
-// addresses must be aligned. Python has refused what is not, but compiled code has no pointers to
-// ask there.
+// addresses must be aligned: `aligned` sees to the first, Python has refused other strides.
 AttentionTensor attention_tensor(const Tensor& x) {
   const auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
   const bool packed = x.dim() == 3;
