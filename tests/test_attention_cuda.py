@@ -4,6 +4,8 @@ bit for bit. Shapes are of one to three tiles of the kernels' own sizes: 128 que
 What only its backward has is in test_attention_cuda_bwd.py.
 """
 
+import functools
+
 import pytest
 import torch
 from attention_options import VALUES, build, consistent, fused, specified
@@ -11,7 +13,7 @@ from pairwise import pairwise
 
 import fastlm
 from fastlm.reference import attention as reference
-from fastlm.testing import check_against_reference, nan_filled_empty, randn
+from fastlm.testing import assert_close, check_against_reference, nan_filled_empty, randn
 
 F16, BF16 = torch.float16, torch.bfloat16
 SEED = 0x1234_5678_9ABC_DEF0
@@ -198,17 +200,19 @@ def test_attention_cuda_rows_past_int32_offsets(impl, device):
 
 @pytest.mark.parametrize("impl", ["cuda"])
 def test_attention_cuda_gradients_of_gradients(impl, device):
-    leaves = [x.requires_grad_() for x in qkv((1, 5, 6, 2, 1), 32, device=device).values()]
+    tensors = qkv((1, 5, 6, 2, 1), 32, device=device).values()
 
-    def second(attention):
+    def second(attention, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
         out = attention(*leaves, causal=True)
-        grads = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.float().square().sum() for g in grads), leaves)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+        return torch.autograd.grad(grads, leaves, [torch.ones_like(g) for g in grads])
 
-    actual = second(lambda *a, **kw: fastlm.attention(*a, **kw, impl=impl))
-    wanted = second(reference.attention)
-    for a, w in zip(actual, wanted, strict=True):
-        torch.testing.assert_close(a, w, rtol=0.05, atol=0.05 * float(w.abs().max()))
+    actual = second(functools.partial(fastlm.attention, impl=impl), BF16)
+    same_dtype = second(reference.attention, BF16)
+    gold = second(reference.attention, torch.float64)
+    for name, *grads in zip("qkv", actual, same_dtype, gold, strict=True):
+        assert_close(name, *grads)
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
