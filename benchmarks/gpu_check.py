@@ -91,7 +91,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
         Step("build", BUILD),
         Step("wrappers", [*pytest, wrappers]),
         Step("conformance", [*pytest, "-m", "not gpu", *families]),
-        Step("gpu", [*pytest, "-m", "gpu", "--deselect", wrappers]),
+        Step("gpu", [*pytest, "-m", "gpu", "--ignore", wrappers]),
         *(
             Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1",
                         *python, __file__, "--smallest"])

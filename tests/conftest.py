@@ -47,35 +47,42 @@ def _is_simulated(item) -> bool:
     return not HAS_GPU and params.get("impl") == "cuda"
 
 
+def _set_mode(item, shift: int = 0) -> None:
+    """Puts the host build into the mode that goes with the test's name, or `shift` modes on."""
+    import simt_build
+
+    name = zlib.crc32(item.nodeid.encode())
+    mode = simt_build.MODES[(name + shift) % len(simt_build.MODES)]
+    print("host build:", *mode)  # the last line names the mode of a failure
+    simt_build.configure(*mode, seed=name)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
-def _simulated(request):
+def _simulated(request, _seeded):
     """Loads the host build for a test of impl="cuda", in one of its modes: by the test's name, so
     that the tests spread over all."""
     if _is_simulated(request.node):
         import simt_build
 
         simt_build.load(sanitized=SANITIZED)
-        modes = simt_build.MODES
-        name = zlib.crc32(request.node.nodeid.encode())
-        simt_build.configure(*modes[name % len(modes)], seed=name)
+        _set_mode(request.node)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Runs the tests marked `sanitized`, which together meet every CUDA C++ kernel, in each mode
-    of the host build, before they run once more in their own."""
-    if not _is_simulated(pyfuncitem) or SANITIZED or not pyfuncitem.get_closest_marker("sanitized"):
+    """Runs the tests marked `sanitized`, which together meet every CUDA C++ kernel, in the other
+    modes of the host build too, before their own."""
+    if not _is_simulated(pyfuncitem) or not pyfuncitem.get_closest_marker("sanitized"):
         return
     import simt_build
 
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    for mode in simt_build.MODES:
-        print("host build:", *mode)  # the last line names the mode of a failure
-        simt_build.configure(*mode, seed=zlib.crc32(pyfuncitem.nodeid.encode()))
-        torch.manual_seed(0)
+    for shift in range(1, len(simt_build.MODES)):
+        _set_mode(pyfuncitem, shift)
         pyfuncitem.obj(**arguments)
-    torch.manual_seed(0)
+    _set_mode(pyfuncitem)
 
 
 def pytest_sessionfinish(session, exitstatus):

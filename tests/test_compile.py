@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for every target, within its registers and shared memory.
 
 The golden table depends on triton's version, which the test requirements pin. After a change of a
-kernel or a configuration: `python -P tests/support/compile_gate.py --update`, and review the diff.
+kernel or a configuration: `python tests/support/compile_gate.py --update`, and review the diff.
 """
 
 import ast
@@ -10,16 +10,19 @@ from pathlib import Path
 
 import compile_gate
 import pytest
-from compile_gate import Row, broken_rules, read_golden
+from compile_gate import Row, broken_rules
+from golden import read_table
 
-UPDATE = "python -P tests/support/compile_gate.py --update"
+UPDATE = "python tests/support/compile_gate.py --update"
 
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 def test_compile_for(target):
     rows, problems = compile_gate.compile_target(target)
     problems += [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
-    golden = {key: row for key, row in read_golden().items() if key[0] == target}
+    golden = {
+        key: row for key, row in read_table(compile_gate.GOLDEN, Row).items() if key[0] == target
+    }
     for row in rows:
         if row != golden.pop(row.key, None):
             problems.append(f"differs from the golden table ({UPDATE}): {row}")
@@ -29,7 +32,11 @@ def test_compile_for(target):
 
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 def test_compile_covers_every_kernel(target):
-    covered = {kernel.split("#")[0] for name, _, kernel in read_golden() if name == target}
+    covered = {
+        kernel.split("#")[0]
+        for name, _, kernel in read_table(compile_gate.GOLDEN, Row)
+        if name == target
+    }
     kernels = Path(find_spec("fastlm.kernels").origin).parent
     names = {
         node.name.strip("_")

@@ -1,7 +1,7 @@
 """The build of the CUDA C++ library, with nvcc and without a GPU: what it asks for, what it makes.
 
 The golden table depends on nvcc's version, and is compared where that is the same. After a change
-of a kernel: `python -P tests/support/cuda_gate.py --update`, and review the diff.
+of a kernel: `python tests/support/cuda_gate.py --update`, and review the diff.
 """
 
 import json
@@ -15,10 +15,11 @@ import cuda_gate
 import pytest
 import torch
 from cuda_gate import Row, broken_rules
+from golden import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = os.environ["PATH"]
-UPDATE = "python -P tests/support/cuda_gate.py --update"
+UPDATE = "python tests/support/cuda_gate.py --update"
 SYMBOLS = ROOT / "tests" / "golden" / "torch_2_10_symbols.txt"
 builder = cuda_gate.builder()
 
@@ -278,7 +279,7 @@ def test_kernels_keep_their_rules_and_the_golden_table():
     rows = cuda_gate.rows()
     problems = [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
     if builder.find_tools().cuda == (13, 0):
-        golden = cuda_gate.read_golden()
+        golden = read_table(cuda_gate.GOLDEN, Row)
         for row in rows:
             if row != golden.pop(row.key, None):
                 problems.append(f"differs from the golden table ({UPDATE}): {row}")

@@ -2,7 +2,6 @@
 and order of threads. tests/test_ffn.py has the rest."""
 
 import pytest
-import simt_build
 import torch
 
 import fastlm
@@ -69,10 +68,7 @@ def every_kernel(device):
 
 
 @pytest.mark.sanitized
-@pytest.mark.interpreter
-@pytest.mark.parametrize("mode", simt_build.MODES, ids="-".join)
-def test_every_kernel_in_every_mode(mode, impl, device):
-    simt_build.configure(*mode, seed=7)
+def test_every_kernel_in_every_mode(impl, device):
     for op, inputs, options in every_kernel(device):
         run_oracle(op, impl, inputs, **options)
 

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel as its launcher would launch it, for GPUs that are not there.
 
-    python -P tests/support/compile_gate.py --only attention --target sm_90  # print a table
-    python -P tests/support/compile_gate.py --case d64 --asm out             # and keep the PTX
-    python -P tests/support/compile_gate.py --update                         # write the golden one
+    python tests/support/compile_gate.py --only attention --target sm_90  # print a table
+    python tests/support/compile_gate.py --case d64 --asm out             # and keep the PTX
+    python tests/support/compile_gate.py --update                         # write the golden one
 
 The public functions of fastlm run on meta tensors, forward and backward, with three things
 replaced: the contracts call their launchers directly, `kernels/configs.py` answers for the target,
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import io
 import json
@@ -31,6 +30,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+
+from golden import median_by_size, write_table
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "golden" / "kernels.csv"
@@ -108,7 +109,7 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
     rows, errors = [], []
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-P", __file__, "--worker", "--target", target, *arguments]
+        command = [sys.executable, __file__, "--worker", "--target", target, *arguments]
         worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for line in worker.stdout:
             result = json.loads(line)
@@ -120,20 +121,6 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
         if worker.wait() != 0:
             errors.append(f"{target}: the compiling process ended with {worker.returncode}")
     return rows, errors
-
-
-def read_golden() -> dict[tuple[str, str, str], Row]:
-    with GOLDEN.open(newline="") as file:
-        kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
-        rows = [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-    return {row.key: row for row in rows}
-
-
-def write_golden(rows: list[Row]) -> None:
-    with GOLDEN.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(f.name for f in fields(Row))
-        writer.writerows(astuple(row) for row in sorted(rows))
 
 
 def broken_rules(row: Row) -> Iterator[str]:
@@ -260,7 +247,7 @@ def _nvidia_resources(asm, log: str) -> tuple[int, int, int, str]:
     widths += [128] * len(re.findall(r"cp\.async\.(?:cg|bulk)", ptx))  # 16 bytes, and whole tiles
     dots = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
     serial = ", serial" if "wgmma.mma_async instructions are serialized" in log else ""
-    return registers, spills, _median_by_size(widths), _all(dots, ptx) + serial
+    return registers, spills, median_by_size(widths), _all(dots, ptx) + serial
 
 
 def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
@@ -269,18 +256,8 @@ def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
     spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
     loads = re.findall(r"(?:global|buffer)_load_(\w+)", text)
     words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-    load_bits = _median_by_size([words.get(load, 16) for load in loads])
+    load_bits = median_by_size([words.get(load, 16) for load in loads])
     return count["vgpr_count"], spills, load_bits, _all({"v_mfma": "mfma"}, text)
-
-
-def _median_by_size(widths: list[int]) -> int:
-    """0 for a kernel that loads nothing."""
-    left = sum(widths) / 2
-    for width in sorted(widths, reverse=True):
-        left -= width
-        if left <= 0:
-            return width
-    return 0
 
 
 def _all(names: dict[str, str], text: str) -> str:
@@ -355,7 +332,7 @@ def main() -> int:
     print(*errors, sep="\n")
     print(f"{len(rows)} kernels, {len(errors)} errors, {time.monotonic() - start:.0f} s")
     if options.update and not errors:
-        write_golden(rows)
+        write_table(GOLDEN, rows)
     return 1 if errors or any(True for row in rows for _ in broken_rules(row)) else 0
 
 

@@ -1,6 +1,6 @@
 """Builds the CUDA C++ library with nvcc, and reads what the compiler made of each kernel.
 
-    python -P tests/support/cuda_gate.py [--update]      # print the table, or write the golden one
+    python tests/support/cuda_gate.py [--update]         # print the table, or write the golden one
 
 The build is csrc/build.py's own, of all targets, into build/cuda; a second one compiles what has
 changed. Needs no GPU. Registers, spills and static shared memory are ptxas's; the widths of global
@@ -10,7 +10,6 @@ accesses come from the SASS, by the cuobjdump of triton's wheel.
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
 import functools
 import importlib.util
@@ -18,8 +17,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
+
+from golden import median_by_size, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "cuda_kernels.csv"
@@ -132,31 +133,8 @@ def _accesses() -> dict[tuple[str, str], tuple[int, int, int]]:
 
 
 def _median_bits(instructions: list[str]) -> int:
-    widths = {"8": 8, "16": 16, "64": 64, "128": 128}
-    sizes = []
-    for text in instructions:
-        size = re.search(r"\.[US]?(8|16|64|128)\b", text)
-        sizes.append(widths[size[1]] if size else 32)
-    left = sum(sizes) / 2
-    for size in sorted(sizes, reverse=True):
-        left -= size
-        if left <= 0:
-            return size
-    return 0
-
-
-def read_golden() -> dict[tuple[str, str], Row]:
-    with GOLDEN.open(newline="") as file:
-        kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
-        table = [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-    return {row.key: row for row in table}
-
-
-def write_golden(table: list[Row]) -> None:
-    with GOLDEN.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(f.name for f in fields(Row))
-        writer.writerows(astuple(row) for row in table)
+    sizes = [re.search(r"\.[US]?(8|16|64|128)\b", text) for text in instructions]
+    return median_by_size([int(size[1]) if size else 32 for size in sizes])
 
 
 def main() -> int:
@@ -170,7 +148,7 @@ def main() -> int:
         broken = broken or bool(problems)
         print(*astuple(row), f"<- {problems}" if problems else "", sep="  ")
     if options.update:
-        write_golden(table)
+        write_table(GOLDEN, table)
     return 1 if broken else 0
 
 

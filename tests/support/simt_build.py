@@ -1,6 +1,6 @@
 """Builds and loads the host build of the CUDA C++ kernels, which runs them on the CPU.
 
-    python -P tests/support/simt_build.py [--sanitized]    # build, and print where it is
+    python tests/support/simt_build.py [--sanitized]    # build, and print where it is
 
 g++ compiles what nvcc compiles, csrc with its bindings, and the scheduler of tests/simt in the
 place of a GPU. After `load()`, `impl="cuda"` takes CPU tensors. Objects are kept in build/ under a
@@ -21,6 +21,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import cuda_gate
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMT = ROOT / "tests" / "simt"
@@ -67,7 +69,7 @@ def _flags(sanitized: bool) -> list[str]:
     cuda = _package("triton") / "backends" / "nvidia" / "include"
     return [
         *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DFASTLM_SIMT"),
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        cuda_gate.builder().STABLE_ABI,
         *(SANITIZED if sanitized else OPTIMIZED),
         *PLACES,
         *WARNINGS,
@@ -148,8 +150,6 @@ def build(sources: tuple[Path, ...] | None = None, *, sanitized: bool = False) -
 
 _current: ctypes.CDLL | None = None
 _path: Path | None = None
-
-
 _error: Exception | None = None
 
 
