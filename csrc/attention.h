@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "dropout.h"
+
 namespace fastlm {
 
 // (batch, seqlen, nheads, headdim) with last stride 1, or packed (tokens, nheads, headdim), for
@@ -29,9 +31,7 @@ struct AttentionParams {
   int left, right;
   bool bottom_right;  // diagonal = n_k - n_q, else 0
   float scale;        // of q k; any sign
-  const int64_t* dropout_seed;  // nullptr: no dropout
-  uint32_t dropout_threshold;
-  float dropout_scale;
+  Dropout dropout;
 };
 
 struct AttentionBackwardParams {

@@ -113,8 +113,8 @@ __device__ inline void probabilities_and_gradients(
         float gradient = dp[i][n][e];
         bool keep = true;
         if constexpr (kDropout) {
-          keep = words[e] >= p.dropout_threshold;
-          gradient = keep ? gradient * p.dropout_scale : 0.0f;
+          keep = words[e] >= p.dropout.threshold;
+          gradient = keep ? gradient * p.dropout.scale : 0.0f;
         }
         if constexpr (kDk) dp[i][n][e] = x * (gradient - delta[e % 2]);
         s[i][n][e] = keep ? x : 0.0f;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(dkv_tile(D, kDropout, kDk).threads(), dkv_tile
   for (int i = 0; i < kTile.stages - 1; i++) store_stats(i, copy(i));
 
   const LanePlaces<D> places = lane_places<D>(0), places_trans = lane_places_trans<D>(0);
-  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   float dk[kRowTiles][D / 8][4] = {}, dv[kRowTiles][D / 8][4] = {};
   auto add = [&](int i, auto masked) {
     copy_async_wait<kTile.stages - 2>();
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(dkv_tile(D, kDropout, kDk).threads(), dkv_tile
   }
   if constexpr (kDv) {
     store_result<T, D, kRowTiles>(
-        shared_memory<T>(), dv, kDropout ? p.dropout_scale : 1.0f,
+        shared_memory<T>(), dv, kDropout ? p.dropout.scale : 1.0f,
         row_0<T>(backward.dv, place.batch, sequence.first_k, place.head_k), backward.dv.stride_m,
         first_key, row, sequence.n_k, stored, p.headdim);
   }
@@ -283,7 +283,7 @@ cudaError_t launch_attention_dkv(const AttentionBackwardParams& p, cudaStream_t 
 
 template <int D>
 cudaError_t attention_dkv_of(const AttentionBackwardParams& p, cudaStream_t stream) {
-  const bool dropout = p.forward.dropout_seed != nullptr;
+  const bool dropout = p.forward.dropout.seed != nullptr;
   if (p.forward.bf16) {
     return dropout ? launch_attention_dkv<__nv_bfloat16, D, true>(p, stream)
                    : launch_attention_dkv<__nv_bfloat16, D, false>(p, stream);

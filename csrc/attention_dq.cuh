@@ -84,7 +84,7 @@ __device__ inline void score_gradients(float (&s)[kRowTiles][kTiles][4],
         const float x = exp2_approx(fmaf(s[i][n][e], scale_log2, -rows.lse[i * 2 + h]));
         float gradient = dp[i][n][e];
         if constexpr (kDropout) {
-          gradient = words[e] >= p.dropout_threshold ? gradient * p.dropout_scale : 0.0f;
+          gradient = words[e] >= p.dropout.threshold ? gradient * p.dropout.scale : 0.0f;
         }
         const float ds = x * (gradient - rows.delta[i * 2 + h]);
         s[i][n][e] = kMasked && (key < first[h] || key >= end[h]) ? 0.0f : ds;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(dq_tile(D, kDropout).threads(), dq_tile(D, kDr
   for (int i = 0; i < kTile.stages - 1; i++) copy(i);
 
   int first = lane_places<D>(0).at[0], first_trans = lane_places_trans<D>(0).at[0];
-  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   float dq[kRowTiles][D / 8][4] = {};
   auto add = [&](int i, auto masked) {
     copy_async_wait<kTile.stages - 2>();
@@ -206,7 +206,7 @@ cudaError_t launch_attention_dq(const AttentionBackwardParams& backward, cudaStr
 
 template <int D>
 cudaError_t attention_dq_of(const AttentionBackwardParams& p, cudaStream_t stream) {
-  const bool dropout = p.forward.dropout_seed != nullptr;
+  const bool dropout = p.forward.dropout.seed != nullptr;
   if (p.forward.bf16) {
     return dropout ? launch_attention_dq<__nv_bfloat16, D, true>(p, stream)
                    : launch_attention_dq<__nv_bfloat16, D, false>(p, stream);

@@ -251,7 +251,7 @@ __device__ inline void store_rows(T* tile, float (&out)[kRowTiles][D / 8][4],
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     const bool dead = stats.max[i] == -INFINITY;  // the row sees no key
-    const float inverse = dead ? 0.0f : p.dropout_scale / sum;
+    const float inverse = dead ? 0.0f : p.dropout.scale / sum;
     const int own = row + i * 8 + lane / 4;
     if (lane % 4 == 0 && first_row + own < n_q) {
       lse[first_row + own] =
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(forward_tile(D, kDropout).threads(),
 
   const int row = warp_id() * kRowTiles * 16;
   int lane_place = lane_places<D>(0).at[0], lane_place_trans = lane_places_trans<D>(0).at[0];
-  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
   float out[kRowTiles][D / 8][4] = {};
   RowStats<kRowTiles> stats;
 #pragma unroll
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(forward_tile(D, kDropout).threads(),
     sync_block();
     copy(ring + stage, v_from, p.v.stride_m, step, i + 1, cut);
     multiply_values<T, D, kCut, kDropout>(out, stats, s, ring + stage_v, places,
-                                          launched.scale_log2, p.dropout_threshold, seed, start,
+                                          launched.scale_log2, p.dropout.threshold, seed, start,
                                           first_row + row, place);
     stage = stage_next;
     start += step;
@@ -405,7 +405,7 @@ cudaError_t launch_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
 
 template <int D>
 cudaError_t attention_fwd_of(const AttentionParams& p, cudaStream_t stream) {
-  const bool dropout = p.dropout_seed != nullptr;
+  const bool dropout = p.dropout.seed != nullptr;
   if (p.bf16) {
     return dropout ? launch_attention_fwd<__nv_bfloat16, D, true>(p, stream)
                    : launch_attention_fwd<__nv_bfloat16, D, false>(p, stream);

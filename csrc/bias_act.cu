@@ -24,7 +24,7 @@ constexpr int kForwardBlocks = 4;
 constexpr int kBackwardBlocks = 3;
 
 __device__ inline uint64_t seed_of(const BiasAct& call) {
-  return call.seed == nullptr ? 0 : static_cast<uint64_t>(*call.seed);
+  return call.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*call.dropout.seed);
 }
 
 // Bit V * r + i: whether dropout keeps column col + i of row `first + r * step`.
@@ -38,9 +38,7 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t 
     const int64_t row = first + static_cast<int64_t>(i / V) * step;
     const uint4 words = philox(seed, static_cast<uint32_t>((col + i % V) / 4),
                                static_cast<uint32_t>(row), 0, 0);
-    const uint32_t four = (words.x >= threshold ? 1u : 0u) | (words.y >= threshold ? 2u : 0u) |
-                          (words.z >= threshold ? 4u : 0u) | (words.w >= threshold ? 8u : 0u);
-    bits |= four << i;
+    bits |= keep_four(words, threshold) << i;
   }
   return bits;
 }
@@ -84,8 +82,8 @@ __global__ void __launch_bounds__(kTileThreads, kWhole ? kForwardBlocks : 3)
   float bias[V];
   load_bias<kWhole>(bias, call, place);
   uint32_t bits = 0;
-  if (call.seed != nullptr) {
-    bits = keep_bits<V, kForwardRows>(seed, call.dropout_threshold, first, step, place.col);
+  if (call.dropout.seed != nullptr) {
+    bits = keep_bits<V, kForwardRows>(seed, call.dropout.threshold, first, step, place.col);
   }
 
   with_activation(call.activation, [&](auto activate) {
@@ -97,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads, kWhole ? kForwardBlocks : 3)
       unpack(y, x[r]);
 #pragma unroll
       for (int i = 0; i < V; i++) y[i] = activate(y[i] + bias[i], &slope);
-      if (call.seed != nullptr) drop(y, bits >> (V * r), call.dropout_scale);
+      if (call.dropout.seed != nullptr) drop(y, bits >> (V * r), call.dropout.scale);
       const int64_t at = row * forward.y.stride + place.col;
       store_chunk<kWhole, T>(forward.y, at, y, place.count);
     }
@@ -133,8 +131,8 @@ __global__ void __launch_bounds__(kTileThreads, kWhole ? kBackwardBlocks : 2)
       }
     }
     uint32_t bits = 0;
-    if (call.seed != nullptr) {
-      bits = keep_bits<V, kBackwardRows>(seed, call.dropout_threshold, first, step, place.col);
+    if (call.dropout.seed != nullptr) {
+      bits = keep_bits<V, kBackwardRows>(seed, call.dropout.threshold, first, step, place.col);
     }
 
     with_activation(call.activation, [&](auto activate) {
@@ -151,9 +149,9 @@ __global__ void __launch_bounds__(kTileThreads, kWhole ? kBackwardBlocks : 2)
           y[i] = activate(y[i] + bias[i], &slope);
           dx[i] *= slope;
         }
-        if (call.seed != nullptr) {
-          drop(y, bits >> (V * r), call.dropout_scale);
-          drop(dx, bits >> (V * r), call.dropout_scale);
+        if (call.dropout.seed != nullptr) {
+          drop(y, bits >> (V * r), call.dropout.scale);
+          drop(dx, bits >> (V * r), call.dropout.scale);
         }
         if (backward.dx.ptr != nullptr) {
           const int64_t at = row * backward.dx.stride + place.col;
@@ -186,10 +184,10 @@ __global__ void __launch_bounds__(kTileThreads, kWhole ? kBackwardBlocks : 2)
 
 // Whether all that a call reads and writes consists of aligned chunks.
 template <typename T>
-bool is_whole_call(const BiasAct& call, std::initializer_list<FfnTensor> tensors) {
-  const FfnTensor bias{const_cast<void*>(call.bias), call.bias_dtype, 0};
+bool is_whole_call(const BiasAct& call, std::initializer_list<RowTensor> tensors) {
+  const RowTensor bias{const_cast<void*>(call.bias), call.bias_dtype, 0};
   bool whole = is_whole<T>(call.x, call.rows, call.cols) && is_whole<T>(bias, 1, call.cols);
-  for (const FfnTensor& each : tensors) whole = whole && is_whole<T>(each, call.rows, call.cols);
+  for (const RowTensor& each : tensors) whole = whole && is_whole<T>(each, call.rows, call.cols);
   return whole;
 }
 

@@ -112,7 +112,7 @@ __device__ inline void store_floats(T* p, const float (&from)[V], int count) {
 
 // The chunk of x from element `at` on, which is not read again: `count` elements, then zeros.
 template <bool kWhole, typename T>
-__device__ inline void load_chunk(Chunk<T>* chunk, const FfnTensor& x, int64_t at, int count) {
+__device__ inline void load_chunk(Chunk<T>* chunk, const RowTensor& x, int64_t at, int count) {
   if constexpr (std::is_same_v<T, Mixed>) {
     load_floats<kWhole>(chunk->at, x.ptr, x.dtype, at, count);
   } else {
@@ -144,7 +144,7 @@ __device__ inline void unpack(float (&to)[Chunk<T>::kSize], const Chunk<T>& chun
 
 // Results are what the next kernel reads: no hint keeps them out of the caches.
 template <bool kWhole, typename T>
-__device__ inline void store_chunk(const FfnTensor& y, int64_t at,
+__device__ inline void store_chunk(const RowTensor& y, int64_t at,
                                    const float (&from)[Chunk<T>::kSize], int count) {
   if constexpr (std::is_same_v<T, Mixed>) {
     switch (y.dtype) {
@@ -182,7 +182,7 @@ Tiling tiling_of(int64_t cols) {
 
 // Whether the (rows, cols) matrix x consists of aligned chunks of T.
 template <typename T>
-bool is_whole(const FfnTensor& x, int64_t rows, int64_t cols) {
+bool is_whole(const RowTensor& x, int64_t rows, int64_t cols) {
   if (x.ptr == nullptr) return true;
   const int64_t bytes = std::min(16, Chunk<T>::kSize * element_size(x.dtype));
   return cols % Chunk<T>::kSize == 0 && reinterpret_cast<uintptr_t>(x.ptr) % bytes == 0 &&

@@ -1,4 +1,4 @@
-// What several kernels share: conversions, vectors of 16 bytes, dropout, sums over a block.
+// What several kernels share: conversions and the random numbers of dropout.
 #pragma once
 
 #include "arch/copy.cuh"
@@ -52,12 +52,10 @@ __device__ inline uint4 philox(uint64_t seed, uint32_t group, uint32_t row, uint
   return uint4{c0, c1, c2, c3};
 }
 
-// Dropout of a call: which elements are dropped, and what the others are multiplied by. The seed
-// is on the device, so that a CUDA graph can advance it; nullptr drops nothing.
-struct Dropout {
-  const int64_t* seed;
-  uint32_t threshold;
-  float scale;
-};
+// Of four neighbouring elements, whose words are `words`: bit i tells whether element i is kept.
+__device__ inline uint32_t keep_four(uint4 words, uint32_t threshold) {
+  return (words.x >= threshold ? 1u : 0u) | (words.y >= threshold ? 2u : 0u) |
+         (words.z >= threshold ? 4u : 0u) | (words.w >= threshold ? 8u : 0u);
+}
 
 }  // namespace fastlm

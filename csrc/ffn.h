@@ -6,41 +6,32 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "dtype.h"
 
 namespace fastlm {
 
 enum class Activation : int32_t { kGelu, kGeluTanh, kRelu, kRelu2, kSilu, kQuickGelu };
 
-// (rows, cols) with last stride 1; nullptr: absent, or not wanted. Any alignment: accesses are of
-// 16 bytes where all pointers and strides of a call are multiples of that.
-struct FfnTensor {
-  void* ptr;
-  Dtype dtype;
-  int64_t stride;  // of rows, in elements
-};
-
 // y = dropout(activation(x + bias)). y, dy and dx have x's dtype.
 struct BiasAct {
-  FfnTensor x;
+  RowTensor x;
   const void* bias;  // (cols,) or nullptr
   Dtype bias_dtype;
   int64_t rows, cols;
   Activation activation;
-  const int64_t* seed;  // on the device; nullptr: no dropout
-  uint32_t dropout_threshold;
-  float dropout_scale;
+  Dropout dropout;
 };
 
 struct BiasActForward {
   BiasAct call;
-  FfnTensor y;
+  RowTensor y;
 };
 
 struct BiasActBackward {
   BiasAct call;
-  FfnTensor dy;
-  FfnTensor dx, y;
+  RowTensor dy;
+  RowTensor dx, y;
   void* dbias;      // (cols,) in bias_dtype, or nullptr
   float* partials;  // scratch for dbias: (groups, cols); nullptr without rows
   int64_t groups;   // of bias_act_bwd_groups; 0 without rows
@@ -48,14 +39,14 @@ struct BiasActBackward {
 
 // y = activation(gate) * up; y and dy have the wider dtype of the two.
 struct GluForward {
-  FfnTensor gate, up, y;
+  RowTensor gate, up, y;
   int64_t rows, cols;
   Activation activation;
 };
 
 struct GluBackward {
-  FfnTensor dy, gate, up;
-  FfnTensor dgate, dup, y;
+  RowTensor dy, gate, up;
+  RowTensor dgate, dup, y;
   int64_t rows, cols;
   Activation activation;
 };

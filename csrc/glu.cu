@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads) glu_bwd_kernel(GluBackward call,
         dup[i] = d[i] * a;
         y[i] = a * u[i];
       }
-      const auto store = [&](const FfnTensor& to, const float(&from)[V]) {
+      const auto store = [&](const RowTensor& to, const float(&from)[V]) {
         if (to.ptr == nullptr) return;
         store_chunk<kWhole, T>(to, row * to.stride + place.col, from, place.count);
       };
@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(kTileThreads) glu_bwd_kernel(GluBackward call,
 
 template <typename T, typename Call>
 cudaError_t launch_tiles(void (*whole_kernel)(Call, Tiling), void (*ragged_kernel)(Call, Tiling),
-                         const Call& call, std::initializer_list<FfnTensor> tensors,
+                         const Call& call, std::initializer_list<RowTensor> tensors,
                          cudaStream_t stream) {
   bool whole = true;
-  for (const FfnTensor& each : tensors) whole = whole && is_whole<T>(each, call.rows, call.cols);
+  for (const RowTensor& each : tensors) whole = whole && is_whole<T>(each, call.rows, call.cols);
   const Tiling tiling = tiling_of<T>(call.cols);
   const int64_t row_tiles = ceil_div<int64_t>(call.rows, kRows * tiling.row_lanes());
   const dim3 grid(static_cast<unsigned>(row_tiles * tiling.col_tiles));

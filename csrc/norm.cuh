@@ -146,7 +146,7 @@ __device__ inline void load_floats_of(float (&to)[V], const T* from, int count, 
 
 // `count` elements of x from element `at` on, then zeros.
 template <int V>
-__device__ inline void load_floats(float (&to)[V], const NormTensor& x, int64_t at, int count,
+__device__ inline void load_floats(float (&to)[V], const RowTensor& x, int64_t at, int count,
                                    bool aligned) {
   switch (x.dtype) {
     case Dtype::kFloat32:
@@ -181,7 +181,7 @@ __device__ inline void store_floats_of(T* to, const float (&x)[V], int count, bo
 
 // kAny: in a kernel of Any.
 template <bool kAny, int V>
-__device__ inline void store_floats(const NormTensor& to, int64_t at, const float (&x)[V],
+__device__ inline void store_floats(const RowTensor& to, int64_t at, const float (&x)[V],
                                     int count, bool aligned) {
   switch (to.dtype) {
     case Dtype::kFloat32:
@@ -195,7 +195,7 @@ __device__ inline void store_floats(const NormTensor& to, int64_t at, const floa
 
 // V elements of x from element `at` on, as they are; x is not read again.
 template <typename T, int V>
-__device__ inline Vector<T, V> load_once(const NormTensor& x, int64_t at, int count,
+__device__ inline Vector<T, V> load_once(const RowTensor& x, int64_t at, int count,
                                          bool aligned) {
   Vector<T, V> result;
   if constexpr (std::is_same_v<T, Any>) {
@@ -231,9 +231,7 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t 
     const Index group = (columns.at(first, i / V) + i % V) / 4;
     const uint4 words =
         philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0);
-    const uint32_t four = (words.x >= threshold ? 1u : 0u) | (words.y >= threshold ? 2u : 0u) |
-                          (words.z >= threshold ? 4u : 0u) | (words.w >= threshold ? 8u : 0u);
-    bits |= four << i;
+    bits |= keep_four(words, threshold) << i;
   }
   return bits;
 }
@@ -271,7 +269,7 @@ inline int lanes_of_row(int64_t cols, int items) {
 }
 
 // Whether all vectors of V elements of the rows of x can be accessed whole.
-inline bool is_aligned(const NormTensor& x, int64_t cols, int v) {
+inline bool is_aligned(const RowTensor& x, int64_t cols, int v) {
   if (x.ptr == nullptr) return true;
   const int bytes = v * element_size(x.dtype);
   return cols % v == 0 && x.stride % v == 0 &&

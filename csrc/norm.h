@@ -6,24 +6,17 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "dtype.h"
 
 namespace fastlm {
-
-// (rows, cols) with last stride 1, or (cols,); nullptr: absent, or not wanted. Any alignment:
-// accesses are wider where all pointers and strides of a call allow it.
-struct NormTensor {
-  void* ptr;
-  Dtype dtype;
-  int64_t stride;  // of rows, in elements; results are contiguous
-};
 
 // kLlama rounds xhat to x's dtype before the product with weight, kGemma adds 1 to weight.
 enum class NormKind { kLayer, kRms, kLlama, kGemma };
 
 struct NormForward {
-  NormTensor x, residual, weight, bias;
-  NormTensor y, z;
+  RowTensor x, residual, weight, bias;
+  RowTensor y, z;
   float* mean;  // (rows,); layer norm alone
   float* rstd;  // (rows,)
   int64_t rows;
@@ -31,16 +24,14 @@ struct NormForward {
   NormKind kind;
   Dtype z_dtype;  // of residual + dropout(x), also where z is not wanted
   float eps;
-  const int64_t* seed;  // on the device; nullptr: no dropout
-  uint32_t dropout_threshold;
-  float dropout_scale;
+  Dropout dropout;
   int splits;      // from norm_splits
   float* moments;  // scratch: three floats for each split of a row
 };
 
 struct NormBackward {
-  NormTensor dy, dz_in, z, weight;
-  NormTensor dz, dx, dweight, dbias;
+  RowTensor dy, dz_in, z, weight;
+  RowTensor dz, dx, dweight, dbias;
   const float* mean;
   const float* rstd;
   // Scratch: a row of `cols` sums for each of norm_bwd_partials' groups of rows, of dweight and of
@@ -51,9 +42,7 @@ struct NormBackward {
   int64_t rows;
   int64_t cols;
   NormKind kind;
-  const int64_t* seed;
-  uint32_t dropout_threshold;
-  float dropout_scale;
+  Dropout dropout;
   int splits;   // from norm_splits
   float* sums;  // scratch: two floats for each split of a row
 };

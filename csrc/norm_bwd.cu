@@ -276,7 +276,7 @@ cudaError_t norm_bwd(const NormBackward& call, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const struct {
-    const NormTensor& sum;
+    const RowTensor& sum;
     const float* partials;
   } vectors[] = {{call.dweight, call.dweight_partials}, {call.dbias, call.dbias_partials}};
   for (const auto& [sum, partials] : vectors) {

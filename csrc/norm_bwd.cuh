@@ -110,10 +110,10 @@ __device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
   const int64_t at = row * call.cols + col;
   if (call.dz.ptr != nullptr) store_floats<std::is_same_v<Z, Any>>(call.dz, at, dz, count, whole);
   if (call.dx.ptr == nullptr) return;
-  if (call.seed != nullptr) {
+  if (call.dropout.seed != nullptr) {
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      dz[i] = keep >> (V * k + i) & 1 ? dz[i] * call.dropout_scale : 0.0f;
+      dz[i] = keep >> (V * k + i) & 1 ? dz[i] * call.dropout.scale : 0.0f;
     }
   }
   store_floats<std::is_same_v<Z, Any>>(call.dx, at, dz, count, whole);
@@ -141,8 +141,8 @@ __device__ inline void add_columns(float (&dweight)[V], float (&dbias)[V],
 template <int V, int Items, typename Index>
 __device__ inline uint32_t keep_bits_of(const NormBackward& call, int64_t row, Columns<V> columns,
                                         Index first) {
-  if (call.seed == nullptr || call.dx.ptr == nullptr) return ~0u;
-  return keep_bits<V, Items>(static_cast<uint64_t>(*call.seed), call.dropout_threshold, row,
+  if (call.dropout.seed == nullptr || call.dx.ptr == nullptr) return ~0u;
+  return keep_bits<V, Items>(static_cast<uint64_t>(*call.dropout.seed), call.dropout.threshold, row,
                              columns, first);
 }
 
@@ -180,7 +180,7 @@ cudaError_t with_dtypes(const NormBackward& call, const Launch& launch) {
   const Dtype dy = call.dy.dtype, z = call.z.dtype;
   const int v = dy == z && z != Dtype::kFloat32 ? 8 : 4;
   NormBackwardPlan plan{0, true, false, 0};
-  for (const NormTensor& t : {call.dy, call.dz_in, call.z, call.weight, call.dz, call.dx}) {
+  for (const RowTensor& t : {call.dy, call.dz_in, call.z, call.weight, call.dz, call.dx}) {
     plan.aligned = plan.aligned && is_aligned(t, call.cols, v);
   }
   if (plan.aligned && v == 8) {

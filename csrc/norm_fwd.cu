@@ -62,18 +62,18 @@ __device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& 
     }
   }
   uint32_t keep = ~0u;
-  if (call.seed != nullptr) {
-    const uint64_t seed = static_cast<uint64_t>(*call.seed);
-    keep = keep_bits<V, kItems>(seed, call.dropout_threshold, row, columns, first);
+  if (call.dropout.seed != nullptr) {
+    const uint64_t seed = static_cast<uint64_t>(*call.dropout.seed);
+    keep = keep_bits<V, kItems>(seed, call.dropout.threshold, row, columns, first);
   }
 #pragma unroll
   for (int k = 0; k < kItems / V; k++) {
     float sum[V], more[V];
     unpack(sum, x[k]);
-    if (call.seed != nullptr) {
+    if (call.dropout.seed != nullptr) {
 #pragma unroll
       for (int i = 0; i < V; i++) {
-        sum[i] = keep >> (V * k + i) & 1 ? sum[i] * call.dropout_scale : 0.0f;
+        sum[i] = keep >> (V * k + i) & 1 ? sum[i] * call.dropout.scale : 0.0f;
       }
     }
     if (call.residual.ptr != nullptr) {
@@ -369,7 +369,7 @@ cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream) {
   const bool same_residual = call.residual.ptr == nullptr || call.residual.dtype == z;
   const int v = x == z && x != Dtype::kFloat32 ? 8 : 4;
   Plan plan{0, true, false};
-  for (const NormTensor& t :
+  for (const RowTensor& t :
        {call.x, call.residual, call.weight, call.bias, call.y, call.z}) {
     plan.aligned = plan.aligned && is_aligned(t, call.cols, v);
   }

@@ -53,7 +53,6 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor&
   const auto side = [&](int64_t window) {
     return static_cast<int>(window < 0 ? farthest : std::min(window, farthest));
   };
-  const DropoutArguments dropout(options.seed, options.dropout_p);
   AttentionParams p{};
   p.q = attention_tensor(q);
   p.k = attention_tensor(k);
@@ -76,9 +75,7 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor&
                                      : std::min(side(options.window_right), 0);
   p.bottom_right = options.causal != "top_left";
   p.scale = static_cast<float>(options.softmax_scale);
-  p.dropout_seed = dropout.seed;
-  p.dropout_threshold = dropout.threshold;
-  p.dropout_scale = dropout.scale;
+  p.dropout = dropout_of(options.seed, options.dropout_p);
   return p;
 }
 

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../dropout.h"
 #include "../dtype.h"
 
 // The host build of tests/simt registers the same operators for tensors on the CPU.
@@ -85,6 +86,16 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape
 
 // nullptr for what `new_empty` made of no dtype, and for other tensors without elements.
 inline void* data_or_null(const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; }
+
+inline RowTensor row_tensor(const Tensor& x) {
+  return {data_or_null(x), dtype_of(x.scalar_type()), x.dim() == 2 ? x.stride(0) : 0};
+}
+inline RowTensor row_tensor(const MaybeTensor& x) {
+  return x.has_value() ? row_tensor(*x) : RowTensor{nullptr, Dtype::kFloat32, 0};
+}
+
+// torch.promote_types of float32, float16 and bfloat16.
+inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
 // Makes a tensor's device the current one while it lives; knows torch's stream there.
 class LaunchScope {
@@ -166,20 +177,16 @@ void boxed(StableIValue* stack, uint64_t inputs, uint64_t) {
   call_boxed(Op, stack, std::make_index_sequence<expected>());
 }
 
-// The dropout of a call as kernels take it; fastlm/reference/dropout.py has the definition.
-struct DropoutArguments {
-  const int64_t* seed = nullptr;
-  uint32_t threshold = 0;
-  float scale = 1.0f;
-
-  DropoutArguments(const MaybeTensor& seed_tensor, double p) {
-    if (!seed_tensor.has_value() || p <= 0.0) return;
-    seed = static_cast<const int64_t*>(seed_tensor->data_ptr());
-    // To nearest, ties to even, as Python's round.
-    const double words = std::nearbyint(p * 4294967296.0);
-    threshold = words >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(words);
-    scale = p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
-  }
-};
+// The dropout of a call as kernels take it.
+inline Dropout dropout_of(const MaybeTensor& seed, double p) {
+  Dropout dropout;
+  if (!seed.has_value() || p <= 0.0) return dropout;
+  dropout.seed = static_cast<const int64_t*>(seed->data_ptr());
+  // To nearest, ties to even, as Python's round.
+  const double words = std::nearbyint(p * 4294967296.0);
+  dropout.threshold = words >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(words);
+  dropout.scale = p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
+  return dropout;
+}
 
 }  // namespace fastlm

@@ -12,10 +12,6 @@ namespace {
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-FfnTensor ffn_tensor(const Tensor& x) {
-  return {data_or_null(x), dtype_of(x.scalar_type()), x.dim() == 2 ? x.stride(0) : 0};
-}
-
 Activation activation_of(const std::string& name) {
   static const std::map<std::string, Activation> kNames = {
       {"gelu", Activation::kGelu},   {"gelu_tanh", Activation::kGeluTanh},
@@ -31,28 +27,22 @@ Tensor new_rows(const Tensor& x, bool wanted, ScalarType dtype) {
   return new_empty(x, {x.size(0), x.size(1)}, dtype);
 }
 
-// torch.promote_types of float32, float16 and bfloat16.
-ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
-
 // Kernels read dy as what y was, and autograd gives it so.
-FfnTensor incoming(const Tensor& dy, ScalarType dtype) {
+RowTensor incoming(const Tensor& dy, ScalarType dtype) {
   if (dy.scalar_type() != dtype) throw std::runtime_error("fastlm_cuda: dy must have y's dtype");
-  return ffn_tensor(dy);
+  return row_tensor(dy);
 }
 
 BiasAct bias_act_of(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& seed,
                     const std::string& activation, double dropout_p) {
-  const DropoutArguments dropout(seed, dropout_p);
   BiasAct call{};
-  call.x = ffn_tensor(x);
+  call.x = row_tensor(x);
   call.bias = data_of(bias);
   call.bias_dtype = bias.has_value() ? dtype_of(bias->scalar_type()) : Dtype::kFloat32;
   call.rows = x.size(0);
   call.cols = x.size(1);
   call.activation = activation_of(activation);
-  call.seed = dropout.seed;
-  call.dropout_threshold = dropout.threshold;
-  call.dropout_scale = dropout.scale;
+  call.dropout = dropout_of(seed, dropout_p);
   return call;
 }
 
@@ -60,7 +50,7 @@ Tensor bias_act_fwd_op(Tensor x, MaybeTensor bias, MaybeTensor seed, std::string
                        double dropout_p) {
   const LaunchScope scope(x);
   Tensor y = new_rows(x, true, x.scalar_type());
-  const BiasActForward forward{bias_act_of(x, bias, seed, activation, dropout_p), ffn_tensor(y)};
+  const BiasActForward forward{bias_act_of(x, bias, seed, activation, dropout_p), row_tensor(y)};
   check(bias_act_fwd(forward, scope.stream()), "bias_act_fwd");
   return y;
 }
@@ -79,8 +69,8 @@ ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor 
   if (need_dbias) check(bias_act_bwd_groups(backward.call, &backward.groups), "bias_act_bwd");
   Tensor partials = new_empty(x, {backward.groups, cols}, ScalarType::Float);
   backward.dy = incoming(dy, dtype);
-  backward.dx = ffn_tensor(dx);
-  backward.y = ffn_tensor(y);
+  backward.dx = row_tensor(dx);
+  backward.y = row_tensor(y);
   backward.dbias = data_or_null(dbias);
   backward.partials = static_cast<float*>(data_or_null(partials));
   check(bias_act_bwd(backward, scope.stream()), "bias_act_bwd");
@@ -91,9 +81,9 @@ Tensor glu_fwd_op(Tensor gate, Tensor up, std::string activation) {
   const LaunchScope scope(gate);
   Tensor y = new_rows(gate, true, promoted(gate.scalar_type(), up.scalar_type()));
   GluForward call{};
-  call.gate = ffn_tensor(gate);
-  call.up = ffn_tensor(up);
-  call.y = ffn_tensor(y);
+  call.gate = row_tensor(gate);
+  call.up = row_tensor(up);
+  call.y = row_tensor(y);
   call.rows = gate.size(0);
   call.cols = gate.size(1);
   call.activation = activation_of(activation);
@@ -110,11 +100,11 @@ ThreeTensors glu_bwd_op(Tensor dy, Tensor gate, Tensor up, std::string activatio
   Tensor y = new_rows(gate, need_y, dtype);
   GluBackward call{};
   call.dy = incoming(dy, dtype);
-  call.gate = ffn_tensor(gate);
-  call.up = ffn_tensor(up);
-  call.dgate = ffn_tensor(dgate);
-  call.dup = ffn_tensor(dup);
-  call.y = ffn_tensor(y);
+  call.gate = row_tensor(gate);
+  call.up = row_tensor(up);
+  call.dgate = row_tensor(dgate);
+  call.dup = row_tensor(dup);
+  call.y = row_tensor(y);
   call.rows = gate.size(0);
   call.cols = gate.size(1);
   call.activation = activation_of(activation);

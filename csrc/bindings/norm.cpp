@@ -11,23 +11,11 @@ namespace {
 using MaybeType = std::optional<ScalarType>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-NormTensor norm_tensor(const Tensor& x) {
-  const int64_t stride = x.dim() == 2 ? x.stride(0) : 0;
-  return {data_or_null(x), dtype_of(x.scalar_type()), stride};
-}
-
-NormTensor norm_tensor(const MaybeTensor& x) {
-  return x.has_value() ? norm_tensor(*x) : NormTensor{nullptr, Dtype::kFloat32, 0};
-}
-
 NormKind kind_of(const std::string& name) {
   if (name == "layer") return NormKind::kLayer;
   if (name == "rms_llama") return NormKind::kLlama;
   return name == "rms_gemma" ? NormKind::kGemma : NormKind::kRms;
 }
-
-// torch.promote_types of float32, float16 and bfloat16.
-ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
 // `floats` for each split of each row, where rows are split.
 Tensor split_scratch(const Tensor& like, int64_t rows, int splits, int64_t floats) {
@@ -48,14 +36,13 @@ FourTensors norm_fwd_op(Tensor x, MaybeTensor residual, MaybeTensor weight, Mayb
   Tensor mean = new_empty(x, {rows}, has_mean ? MaybeType(ScalarType::Float) : std::nullopt);
   Tensor rstd = new_empty(x, {rows}, ScalarType::Float);
 
-  const DropoutArguments dropout(seed, dropout_p);
   NormForward call{};
-  call.x = norm_tensor(x);
-  call.residual = norm_tensor(residual);
-  call.weight = norm_tensor(weight);
-  call.bias = norm_tensor(bias);
-  call.y = norm_tensor(y);
-  call.z = norm_tensor(z);
+  call.x = row_tensor(x);
+  call.residual = row_tensor(residual);
+  call.weight = row_tensor(weight);
+  call.bias = row_tensor(bias);
+  call.y = row_tensor(y);
+  call.z = row_tensor(z);
   call.mean = static_cast<float*>(data_or_null(mean));
   call.rstd = static_cast<float*>(data_or_null(rstd));
   call.rows = rows;
@@ -63,9 +50,7 @@ FourTensors norm_fwd_op(Tensor x, MaybeTensor residual, MaybeTensor weight, Mayb
   call.kind = kind_of(kind);
   call.z_dtype = dtype_of(z_dtype);
   call.eps = static_cast<float>(eps);
-  call.seed = dropout.seed;
-  call.dropout_threshold = dropout.threshold;
-  call.dropout_scale = dropout.scale;
+  call.dropout = dropout_of(seed, dropout_p);
   check(norm_splits(rows, cols, &call.splits), "norm_fwd");
   const Tensor moments = split_scratch(x, rows, call.splits, 3);
   call.moments = static_cast<float*>(data_or_null(moments));
@@ -92,15 +77,14 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   };
   const Tensor dweight_partials = partials_of(dweight_dtype);
   const Tensor dbias_partials = partials_of(dbias_dtype);
-  const DropoutArguments dropout(seed, dropout_p);
-  call.dy = norm_tensor(dy);
-  call.dz_in = norm_tensor(dz_in);
-  call.z = norm_tensor(z);
-  call.weight = norm_tensor(weight);
-  call.dz = norm_tensor(dz);
-  call.dx = norm_tensor(dx);
-  call.dweight = norm_tensor(dweight);
-  call.dbias = norm_tensor(dbias);
+  call.dy = row_tensor(dy);
+  call.dz_in = row_tensor(dz_in);
+  call.z = row_tensor(z);
+  call.weight = row_tensor(weight);
+  call.dz = row_tensor(dz);
+  call.dx = row_tensor(dx);
+  call.dweight = row_tensor(dweight);
+  call.dbias = row_tensor(dbias);
   call.mean = static_cast<const float*>(data_or_null(mean));
   call.rstd = static_cast<const float*>(data_or_null(rstd));
   call.dweight_partials = static_cast<float*>(data_or_null(dweight_partials));
@@ -108,9 +92,7 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   call.rows = rows;
   call.cols = cols;
   call.kind = kind_of(kind);
-  call.seed = dropout.seed;
-  call.dropout_threshold = dropout.threshold;
-  call.dropout_scale = dropout.scale;
+  call.dropout = dropout_of(seed, dropout_p);
   check(norm_splits(rows, cols, &call.splits), "norm_bwd");
   const Tensor sums = split_scratch(z, rows, call.splits, 2);
   call.sums = static_cast<float*>(data_or_null(sums));
