@@ -7,8 +7,11 @@
 #include "arch/warp.cuh"
 #include "attention.h"
 #include "common.cuh"
+#include "dispatch.h"
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace fastlm {
 
@@ -45,6 +48,13 @@ __device__ inline int end_key(const AttentionParams& p, const Sequence& s, int r
   return min(row + s.diagonal + p.right + 1, s.n_k);
 }
 
+// What the launcher adds to a call.
+struct TileLaunch {
+  int tiles;         // a head
+  int section;       // heads in work at a time
+  float scale_log2;  // scale log2(e), in the forward of |scale|
+};
+
 // What a program of a grid of tiles * nheads * batch works on.
 struct TilePlace {
   int tile, head, head_k, batch;
@@ -74,6 +84,24 @@ __device__ inline int64_t stats_row_0(const AttentionParams& p, const Sequence& 
                                       int head) {
   if (p.cu_seqlens_q != nullptr) return head * p.lse_stride_h + s.first_q;
   return (int64_t{batch} * p.nheads + head) * p.lse_stride_h;
+}
+
+// Returns launch(Type<T>{}, std::bool_constant<kDropout>{}) for the T and kDropout of a call.
+template <typename Launch>
+cudaError_t with_instance(const AttentionParams& p, const Launch& launch) {
+  const auto with_type = [&](auto type) {
+    return p.dropout.seed != nullptr ? launch(type, std::true_type()) : launch(type, std::false_type());
+  };
+  return p.bf16 ? with_type(Type<__nv_bfloat16>{}) : with_type(Type<__half>{});
+}
+
+// How many heads are in work at a time, of which each reads `head_bytes` again and again: one, whose
+// tiles then share them in the L2 cache; where tiles differ in length (causal, windows), as many as
+// the cache holds, so that the shortest tiles of all come last.
+inline int heads_in_work(const AttentionParams& p, int64_t head_bytes, int64_t heads) {
+  if (p.right >= p.seqlen_q + p.seqlen_k) return 1;
+  constexpr int64_t kBytes = 16 << 20;
+  return static_cast<int>(std::clamp<int64_t>(kBytes / std::max<int64_t>(head_bytes, 1), 1, heads));
 }
 
 // Tiles of D columns of 16-bit numbers, rows side by side in shared memory. The 16-byte pieces of
@@ -238,6 +266,25 @@ __device__ inline void as_a(uint32_t (&a)[4], const float (&left)[4], const floa
   a[1] = pack<T>(left[2], left[3]);
   a[2] = pack<T>(right[0], right[1]);
   a[3] = pack<T>(right[2], right[3]);
+}
+
+// Writes a warp's rows, from row `row` of a tile that starts with row `first_row`, once its lanes
+// have put them there: 16 bytes at a time. Rows from `end` on are not written. kUnroll: pieces
+// of a thread at a time; registers decide, and the forward has them.
+template <typename T, int D, int kRowTiles, int kUnroll>
+__device__ inline void store_pieces(const T* tile, T* to, int64_t stride_m, int first_row, int row,
+                                    int end, int headdim) {
+  sync_warp();
+  constexpr int kPieces = D / 8;
+#pragma unroll kUnroll
+  for (int i = 0; i < kRowTiles * 16 * kPieces / kWarp; i++) {
+    const int piece = i * kWarp + lane_id();
+    const int own = row + piece / kPieces, col = piece % kPieces * 8;
+    if (first_row + own < end && col < headdim) {
+      *reinterpret_cast<uint4*>(to + (first_row + own) * stride_m + col) =
+          *reinterpret_cast<const uint4*>(tile + tile_offset<D>(own, col));
+    }
+  }
 }
 
 }  // namespace fastlm

@@ -1,5 +1,6 @@
 // Attention backward: delta, and which kernels a head dim has.
 #include "attention_bwd.cuh"
+#include "dispatch.h"
 
 namespace fastlm {
 namespace {
@@ -38,7 +39,6 @@ __global__ void __launch_bounds__(kDeltaThreads)
   backward.delta[at] = p.lse[at] == -INFINITY ? 0.0f : sum;
 }
 
-
 }  // namespace
 
 cudaError_t attention_bwd_delta(const AttentionBackwardParams& backward, cudaStream_t stream) {
@@ -55,21 +55,15 @@ cudaError_t attention_bwd_delta(const AttentionBackwardParams& backward, cudaStr
 }
 
 cudaError_t attention_bwd_dq(const AttentionBackwardParams& params, cudaStream_t stream) {
-  const int headdim = params.forward.headdim;
-  if (headdim <= 32) return attention_dq_of<32>(params, stream);
-  if (headdim <= 64) return attention_dq_of<64>(params, stream);
-  if (headdim <= 96) return attention_dq_of<96>(params, stream);
-  if (headdim <= 128) return attention_dq_of<128>(params, stream);
-  return attention_dq_of<256>(params, stream);
+  return with_headdim(params.forward.headdim, [&](auto headdim) {
+    return attention_dq_of<decltype(headdim)::value>(params, stream);
+  });
 }
 
 cudaError_t attention_bwd_dkv(const AttentionBackwardParams& params, cudaStream_t stream) {
-  const int headdim = params.forward.headdim;
-  if (headdim <= 32) return attention_dkv_of<32>(params, stream);
-  if (headdim <= 64) return attention_dkv_of<64>(params, stream);
-  if (headdim <= 96) return attention_dkv_of<96>(params, stream);
-  if (headdim <= 128) return attention_dkv_of<128>(params, stream);
-  return attention_dkv_of<256>(params, stream);
+  return with_headdim(params.forward.headdim, [&](auto headdim) {
+    return attention_dkv_of<decltype(headdim)::value>(params, stream);
+  });
 }
 
 }  // namespace fastlm

@@ -174,29 +174,8 @@ __device__ inline void store_result(T* tile, const float (&x)[kRowTiles][D / 8][
       memcpy(at, &word, sizeof word);
     }
   }
-  sync_warp();
-  constexpr int kPieces = D / 8;
-#pragma unroll 4
-  for (int i = 0; i < kRowTiles * 16 * kPieces / kWarp; i++) {
-    const int piece = i * kWarp + lane;
-    const int own = row + piece / kPieces, col = piece % kPieces * 8;
-    if (first_row + own < end && col < headdim) {
-      *reinterpret_cast<uint4*>(to + (first_row + own) * stride_m + col) =
-          *reinterpret_cast<const uint4*>(tile + tile_offset<D>(own, col));
-    }
-  }
+  store_pieces<T, D, kRowTiles, 4>(tile, to, stride_m, first_row, row, end, headdim);
   sync_warp();
 }
-
-// Tiles of one head run together where that keeps what they read in the L2 cache; where tiles differ
-// in length (`uneven`), as many heads as the cache holds, so that the shortest tiles come last.
-inline int backward_section(bool uneven, int64_t head_bytes, int64_t heads) {
-  constexpr int64_t kBytes = 16 << 20;
-  if (!uneven) return 1;
-  return static_cast<int>(
-      std::clamp<int64_t>(kBytes / std::max<int64_t>(head_bytes, 1), 1, std::max<int64_t>(heads, 1)));
-}
-
-inline bool uneven_tiles(const AttentionParams& p) { return p.right < p.seqlen_q + p.seqlen_k; }
 
 }  // namespace fastlm

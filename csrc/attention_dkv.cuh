@@ -123,17 +123,10 @@ __device__ inline void probabilities_and_gradients(
   }
 }
 
-// What the launcher adds to a call.
-struct DkvLaunch {
-  int tiles;         // of keys, a head
-  int section;       // key heads in work at a time
-  float scale_log2;  // scale log2(e)
-};
-
 // kDk, kDv: which of the two a pass has.
 template <typename T, int D, bool kDropout, bool kDk, bool kDv>
 __global__ void __launch_bounds__(dkv_tile(D, kDropout, kDk).threads(), dkv_tile(D, kDropout, kDk).blocks)
-    attention_dkv_kernel(const AttentionBackwardParams backward, const DkvLaunch launched) {
+    attention_dkv_kernel(const AttentionBackwardParams backward, const TileLaunch launched) {
   constexpr BackwardTile kTile = dkv_tile(D, kDropout, kDk);
   constexpr int kRows = kTile.rows(), kRowTiles = kTile.row_tiles, kThreads = kTile.threads();
   constexpr int kQueries = kTile.others, kChunk = kTile.chunk;
@@ -264,10 +257,10 @@ cudaError_t launch_attention_dkv_pass(const AttentionBackwardParams& backward,
   if (heads * tiles == 0) return cudaSuccess;
   const int64_t group = p.nheads / p.nheads_k;
   const int section =
-      backward_section(uneven_tiles(p), 4 * group * p.seqlen_q * p.headdim, heads);
+      heads_in_work(p, 4 * group * p.seqlen_q * p.headdim, heads);
   return launch(attention_dkv_kernel<T, D, kDropout, kDk, kDv>,
                 dim3(static_cast<unsigned>(heads * tiles)), kTile.threads(), kShared, stream,
-                backward, DkvLaunch{tiles, section, p.scale * kLog2E});
+                backward, TileLaunch{tiles, section, p.scale * kLog2E});
 }
 
 template <typename T, int D, bool kDropout>
@@ -283,13 +276,10 @@ cudaError_t launch_attention_dkv(const AttentionBackwardParams& p, cudaStream_t 
 
 template <int D>
 cudaError_t attention_dkv_of(const AttentionBackwardParams& p, cudaStream_t stream) {
-  const bool dropout = p.forward.dropout.seed != nullptr;
-  if (p.forward.bf16) {
-    return dropout ? launch_attention_dkv<__nv_bfloat16, D, true>(p, stream)
-                   : launch_attention_dkv<__nv_bfloat16, D, false>(p, stream);
-  }
-  return dropout ? launch_attention_dkv<__half, D, true>(p, stream)
-                 : launch_attention_dkv<__half, D, false>(p, stream);
+  return with_instance(p.forward, [&](auto type, auto dropout) {
+    using T = typename decltype(type)::type;
+    return launch_attention_dkv<T, D, decltype(dropout)::value>(p, stream);
+  });
 }
 
 }  // namespace fastlm

@@ -93,16 +93,9 @@ __device__ inline void score_gradients(float (&s)[kRowTiles][kTiles][4],
   }
 }
 
-// What the launcher adds to a call.
-struct DqLaunch {
-  int tiles;         // of queries, a head
-  int section;       // heads in work at a time
-  float scale_log2;  // scale log2(e)
-};
-
 template <typename T, int D, bool kDropout>
 __global__ void __launch_bounds__(dq_tile(D, kDropout).threads(), dq_tile(D, kDropout).blocks)
-    attention_dq_kernel(const AttentionBackwardParams backward, const DqLaunch launched) {
+    attention_dq_kernel(const AttentionBackwardParams backward, const TileLaunch launched) {
   constexpr BackwardTile kTile = dq_tile(D, kDropout);
   constexpr int kRows = kTile.rows(), kRowTiles = kTile.row_tiles, kThreads = kTile.threads();
   constexpr int kKeys = kTile.others, kChunk = kTile.chunk;
@@ -198,21 +191,18 @@ cudaError_t launch_attention_dq(const AttentionBackwardParams& backward, cudaStr
   const int tiles = ceil_div(p.seqlen_q, kTile.rows());
   if (heads * tiles == 0) return cudaSuccess;
   const int section =
-      backward_section(uneven_tiles(p), int64_t{4} * p.seqlen_k * p.headdim, heads);
+      heads_in_work(p, int64_t{4} * p.seqlen_k * p.headdim, heads);
   return launch(attention_dq_kernel<T, D, kDropout>, dim3(static_cast<unsigned>(heads * tiles)),
                 kTile.threads(), kTile.shared_bytes(D), stream, backward,
-                DqLaunch{tiles, section, p.scale * kLog2E});
+                TileLaunch{tiles, section, p.scale * kLog2E});
 }
 
 template <int D>
 cudaError_t attention_dq_of(const AttentionBackwardParams& p, cudaStream_t stream) {
-  const bool dropout = p.forward.dropout.seed != nullptr;
-  if (p.forward.bf16) {
-    return dropout ? launch_attention_dq<__nv_bfloat16, D, true>(p, stream)
-                   : launch_attention_dq<__nv_bfloat16, D, false>(p, stream);
-  }
-  return dropout ? launch_attention_dq<__half, D, true>(p, stream)
-                 : launch_attention_dq<__half, D, false>(p, stream);
+  return with_instance(p.forward, [&](auto type, auto dropout) {
+    using T = typename decltype(type)::type;
+    return launch_attention_dq<T, D, decltype(dropout)::value>(p, stream);
+  });
 }
 
 }  // namespace fastlm

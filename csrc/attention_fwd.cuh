@@ -264,30 +264,13 @@ __device__ inline void store_rows(T* tile, float (&out)[kRowTiles][D / 8][4],
           pack<T>(x[0] * inverse, x[1] * inverse);
     }
   }
-  sync_warp();
-  constexpr int kPieces = D / 8;
-#pragma unroll
-  for (int i = 0; i < kRowTiles * 16 * kPieces / kWarp; i++) {
-    const int piece = i * kWarp + lane;
-    const int own = row + piece / kPieces, col = piece % kPieces * 8;
-    if (first_row + own < n_q && col < p.headdim) {
-      *reinterpret_cast<uint4*>(to + (first_row + own) * p.out.stride_m + col) =
-          *reinterpret_cast<const uint4*>(tile + tile_offset<D>(own, col));
-    }
-  }
+  store_pieces<T, D, kRowTiles, kRowTiles * D / 16>(tile, to, p.out.stride_m, first_row, row, n_q, p.headdim);
 }
-
-// What the launcher adds to a call.
-struct ForwardLaunch {
-  int tiles;         // of queries, a head
-  int section;       // heads in work at a time
-  float scale_log2;  // |scale| log2(e)
-};
 
 template <typename T, int D, bool kDropout>
 __global__ void __launch_bounds__(forward_tile(D, kDropout).threads(),
                                   forward_tile(D, kDropout).blocks)
-    attention_fwd_kernel(const AttentionParams p, const ForwardLaunch launched) {
+    attention_fwd_kernel(const AttentionParams p, const TileLaunch launched) {
   constexpr ForwardTile kTile = forward_tile(D, kDropout);
   constexpr int kKeys = kTile.keys, kThreads = kTile.threads(), kRowTiles = kTile.row_tiles;
   const TilePlace place = tile_place(p, launched.tiles, launched.section);
@@ -380,15 +363,6 @@ __global__ void __launch_bounds__(forward_tile(D, kDropout).threads(),
   store_rows<T, D, kRowTiles>(q_tile, out, stats, p, again.n_q, to, lse, first_row, row);
 }
 
-// Causal tiles differ in length, and the shortest of all heads should come last; but what the heads
-// in work at a time read should stay in the L2 cache.
-inline int forward_section(const AttentionParams& p, int64_t heads) {
-  if (p.right >= p.seqlen_q + p.seqlen_k) return 1;
-  constexpr int64_t kBytes = 16 << 20;
-  const int64_t head_bytes = std::max<int64_t>(int64_t{4} * p.seqlen_k * p.headdim, 1);
-  return static_cast<int>(std::clamp<int64_t>(kBytes / head_bytes, 1, heads));
-}
-
 template <typename T, int D, bool kDropout>
 cudaError_t launch_attention_fwd(const AttentionParams& p, cudaStream_t stream) {
   constexpr ForwardTile kTile = forward_tile(D, kDropout);
@@ -398,20 +372,17 @@ cudaError_t launch_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
   // A scale of 0 would turn a score of -inf into NaN; the least scale that is not 0 gives the
   // same probabilities.
   const float scale_log2 = std::max(std::fabs(p.scale) * kLog2E, FLT_MIN);
-  const ForwardLaunch launched{tiles, forward_section(p, heads), scale_log2};
+  const TileLaunch launched{tiles, heads_in_work(p, int64_t{4} * p.seqlen_k * p.headdim, heads), scale_log2};
   return launch(attention_fwd_kernel<T, D, kDropout>, dim3(static_cast<unsigned>(heads * tiles)),
                 kTile.threads(), kTile.shared_bytes(D), stream, p, launched);
 }
 
 template <int D>
 cudaError_t attention_fwd_of(const AttentionParams& p, cudaStream_t stream) {
-  const bool dropout = p.dropout.seed != nullptr;
-  if (p.bf16) {
-    return dropout ? launch_attention_fwd<__nv_bfloat16, D, true>(p, stream)
-                   : launch_attention_fwd<__nv_bfloat16, D, false>(p, stream);
-  }
-  return dropout ? launch_attention_fwd<__half, D, true>(p, stream)
-                 : launch_attention_fwd<__half, D, false>(p, stream);
+  return with_instance(p, [&](auto type, auto dropout) {
+    using T = typename decltype(type)::type;
+    return launch_attention_fwd<T, D, decltype(dropout)::value>(p, stream);
+  });
 }
 
 }  // namespace fastlm

@@ -11,6 +11,7 @@
 #include "arch/device.cuh"
 #include "chunk.cuh"
 #include "column_sum.h"
+#include "dispatch.h"
 #include "ffn.h"
 
 namespace fastlm {
@@ -237,39 +238,26 @@ cudaError_t groups_of(const BiasAct& call, int64_t* groups) {
 
 cudaError_t bias_act_fwd(const BiasActForward& forward, cudaStream_t stream) {
   if (forward.call.rows == 0 || forward.call.cols == 0) return cudaSuccess;
-  switch (forward.call.x.dtype) {
-    case Dtype::kFloat32:
-      return launch_fwd<float>(forward, stream);
-    case Dtype::kFloat16:
-      return launch_fwd<__half>(forward, stream);
-    case Dtype::kBFloat16:
-      return launch_fwd<__nv_bfloat16>(forward, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(forward.call.x.dtype, [&](auto type) {
+    return launch_fwd<typename decltype(type)::type>(forward, stream);
+  });
 }
 
 cudaError_t bias_act_bwd_groups(const BiasAct& call, int64_t* groups) {
   *groups = 0;
   if (call.rows == 0 || call.cols == 0) return cudaSuccess;
-  return call.x.dtype == Dtype::kFloat32 ? groups_of<float>(call, groups)
-                                         : groups_of<__half>(call, groups);
+  return with_dtype(call.x.dtype, [&](auto type) {
+    return groups_of<typename decltype(type)::type>(call, groups);
+  });
 }
 
 cudaError_t bias_act_bwd(const BiasActBackward& backward, cudaStream_t stream) {
   const BiasAct& call = backward.call;
   cudaError_t error = cudaSuccess;
   if (call.rows > 0 && call.cols > 0) {
-    switch (call.x.dtype) {
-      case Dtype::kFloat32:
-        error = launch_bwd<float>(backward, stream);
-        break;
-      case Dtype::kFloat16:
-        error = launch_bwd<__half>(backward, stream);
-        break;
-      case Dtype::kBFloat16:
-        error = launch_bwd<__nv_bfloat16>(backward, stream);
-        break;
-    }
+    error = with_dtype(call.x.dtype, [&](auto type) {
+      return launch_bwd<typename decltype(type)::type>(backward, stream);
+    });
   }
   if (error != cudaSuccess || backward.dbias == nullptr) return error;
   return column_sum(backward.partials, backward.groups, call.cols, backward.dbias, call.bias_dtype,

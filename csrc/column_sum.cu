@@ -3,6 +3,7 @@
 #include "column_sum.h"
 
 #include "common.cuh"
+#include "dispatch.h"
 
 namespace fastlm {
 namespace {
@@ -51,15 +52,9 @@ cudaError_t launch_column_sum(const float* partials, int64_t rows, int64_t cols,
 cudaError_t column_sum(const float* partials, int64_t rows, int64_t cols, void* out, Dtype dtype,
                        cudaStream_t stream) {
   if (cols == 0) return cudaSuccess;
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return launch_column_sum<__half>(partials, rows, cols, out, stream);
-    case Dtype::kBFloat16:
-      return launch_column_sum<__nv_bfloat16>(partials, rows, cols, out, stream);
-    case Dtype::kFloat32:
-      return launch_column_sum<float>(partials, rows, cols, out, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(dtype, [&](auto type) {
+    return launch_column_sum<typename decltype(type)::type>(partials, rows, cols, out, stream);
+  });
 }
 
 }  // namespace fastlm

@@ -6,6 +6,7 @@
 
 #include "activation.cuh"
 #include "chunk.cuh"
+#include "dispatch.h"
 #include "ffn.h"
 
 namespace fastlm {
@@ -126,29 +127,17 @@ cudaError_t launch_bwd(const GluBackward& call, cudaStream_t stream) {
 cudaError_t glu_fwd(const GluForward& call, cudaStream_t stream) {
   if (call.rows == 0 || call.cols == 0) return cudaSuccess;
   if (call.gate.dtype != call.up.dtype) return launch_fwd<Mixed>(call, stream);
-  switch (call.gate.dtype) {
-    case Dtype::kFloat32:
-      return launch_fwd<float>(call, stream);
-    case Dtype::kFloat16:
-      return launch_fwd<__half>(call, stream);
-    case Dtype::kBFloat16:
-      return launch_fwd<__nv_bfloat16>(call, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(call.gate.dtype, [&](auto type) {
+    return launch_fwd<typename decltype(type)::type>(call, stream);
+  });
 }
 
 cudaError_t glu_bwd(const GluBackward& call, cudaStream_t stream) {
   if (call.rows == 0 || call.cols == 0) return cudaSuccess;
   if (call.gate.dtype != call.up.dtype) return launch_bwd<Mixed>(call, stream);
-  switch (call.gate.dtype) {
-    case Dtype::kFloat32:
-      return launch_bwd<float>(call, stream);
-    case Dtype::kFloat16:
-      return launch_bwd<__half>(call, stream);
-    case Dtype::kBFloat16:
-      return launch_bwd<__nv_bfloat16>(call, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(call.gate.dtype, [&](auto type) {
+    return launch_bwd<typename decltype(type)::type>(call, stream);
+  });
 }
 
 }  // namespace fastlm
