@@ -47,7 +47,7 @@ def main(
     op: str, doc: str, peers: Mapping[str, Peer], grid: Grid | None = None, seconds: float = 0.5
 ) -> int:
     """Runs a script; returns its exit code: 1 if a provider of fastlm failed its check."""
-    args = _arguments(op, doc)
+    args = _arguments(op, doc, seconds)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     cases = grid(device, dtype) if grid else _made(CASES[op](device, dtype, False))
@@ -57,7 +57,7 @@ def main(
             continue
         case, refused = with_peers(make(), peers, args.provider, missing), []
         new = run_case(
-            case, directions=directions_of(op, quick=False), seconds=seconds,
+            case, directions=directions_of(op, quick=False), seconds=args.seconds,
             failed=lambda *why, refused=refused: refused.append(why),
         )  # fmt: skip
         append_csv(args.csv, new)
@@ -73,13 +73,16 @@ def main(
     return int(any(_wrong(provider, why) for provider, why in failed))
 
 
-def _arguments(op: str, doc: str) -> argparse.Namespace:
+def _arguments(op: str, doc: str, seconds: float) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
     parser.add_argument("--shape", nargs="+", default=[], help="only names that contain all these")
     parser.add_argument("--provider", nargs="+", help="only these, and torch")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"of each provider and pass; {seconds}"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS / f"{op}.csv", help="appended to")
     return parser.parse_args()
 

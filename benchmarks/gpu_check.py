@@ -1,15 +1,20 @@
 """Everything that needs a GPU, in one command: `make gpu-check`.
 
+    make gpu-check PYTHON=python3
+    python benchmarks/gpu_check.py --only wrappers memcheck    # some steps alone
+
 In this order, and on to the next step where one fails:
   1. build: the CUDA C++ library for this checkout, where it is not built yet;
   2. wrappers: what csrc/arch wraps, on the device against its host body;
   3. conformance: the operators' small cases, each kernel against the oracle, on the device;
   4. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
-  5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer, if installed;
+  5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer, if installed,
+     CUDA C++ (-cuda) and Triton (-triton);
   6. benchmarks: every operator against torch and the peers that are installed, each provider
      checked before it is timed.
 Writes results.json (device, driver, versions, commit, steps), one log a step, and the benchmarks'
-tables as CSV.
+tables as CSV. Where pytest-xdist is installed, tests run side by side, as many as there are cores:
+most of their time is compiling.
 Exit code: 0, 1 (a step failed), 2 (something is missing, and nothing ran).
 """
 
@@ -32,6 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
 BUILD = [sys.executable, str(ROOT / "csrc" / "build.py")]  # into this checkout's fastlm/
 SANITIZERS = ("memcheck", "racecheck")
+MOST_WORKERS = 16  # each takes some memory of the GPU
+MOST_WORKERS_OF_LARGE = 2  # tests of real sizes take tens of GB
 FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
 
 
@@ -69,10 +76,18 @@ def missing() -> list[str]:
     return problems
 
 
+def side_by_side(most: int) -> list[str]:
+    """pytest's options for as many tests at a time as there are cores, if it has xdist."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(os.cpu_count() or 1, most)), "--dist", "worksteal"]
+
+
 def steps(out: Path, quick: bool) -> list[Step]:
     """The steps; `--smallest` is this script's own mode for compute-sanitizer."""
     python = [sys.executable, "-P"]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    many, few = side_by_side(MOST_WORKERS), side_by_side(MOST_WORKERS_OF_LARGE)
     families = sorted(
         str(file) for name in FAMILIES for file in (ROOT / "tests").glob(f"test_{name}*.py")
     )
@@ -90,12 +105,13 @@ def steps(out: Path, quick: bool) -> list[Step]:
     return [
         Step("build", BUILD),
         Step("wrappers", [*pytest, wrappers]),
-        Step("conformance", [*pytest, "-m", "not gpu", *families]),
-        Step("gpu", [*pytest, "-m", "gpu", "--ignore", wrappers]),
+        Step("conformance", [*pytest, *many, "-m", "not gpu", *families]),
+        Step("gpu", [*pytest, *few, "-m", "gpu", "--ignore", wrappers]),
         *(
-            Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1",
-                        *python, __file__, "--smallest"])
+            Step(f"{tool}-{impl}", [sanitizer, "--tool", tool, "--error-exitcode", "1",
+                                    *python, __file__, "--smallest", impl])
             for tool in SANITIZERS
+            for impl in SMALLEST
         ),
         *benchmarks,
     ]  # fmt: skip
@@ -109,7 +125,7 @@ def run(step: Step, log: Path) -> None:
     start = time.monotonic()
     # The sanitizer sees every allocation only where torch does not pool them.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if step.name in SANITIZERS:
+    if step.name.startswith(SANITIZERS):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -210,14 +226,24 @@ def smallest_cuda(device: str = "cuda") -> None:
     both(fastlm.attention_varlen, q[0], k[0], v[0], cu_q.int(), cu_k.int(), 19, 65, **options)
 
 
+SMALLEST = {"cuda": smallest_cuda, "triton": smallest}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_check_out")
     parser.add_argument("--quick", action="store_true", help="one benchmark shape an operator")
-    parser.add_argument("--smallest", action="store_true", help="only the calls of step 3")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="by their names")
+    parser.add_argument("--smallest", choices=SMALLEST, help="only the calls of step 5")
     options = parser.parse_args()
+    every = steps(options.out, options.quick)
+    chosen = [step for step in every if options.only is None or step.name in options.only]
+    if unknown := set(options.only or ()) - {step.name for step in every}:
+        names = ", ".join(step.name for step in every)
+        print(f"gpu-check: --only takes {names}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     problems = missing()
     for problem in problems:
         print(f"gpu-check: {problem}", file=sys.stderr)
@@ -226,18 +252,14 @@ def main() -> int:
     if options.smallest:
         import torch
 
-        from fastlm import cuda_library
-
-        smallest()
-        if cuda_library.unavailable() is None:
-            smallest_cuda()
+        SMALLEST[options.smallest]()
         torch.cuda.synchronize()
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     for table in options.out.glob("bench*.csv"):  # the benchmarks append
         table.unlink()
     results = {"machine": machine(), "steps": []}
-    for step in steps(options.out, options.quick):
+    for step in chosen:
         print(f"== {step.name}: {' '.join(step.command)}", flush=True)
         run(step, options.out / f"{step.name}.log")
         results["steps"].append(asdict(step))
@@ -245,7 +267,7 @@ def main() -> int:
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(*(f"{key:<12}{value}" for key, value in results["machine"].items()), sep="\n")
     for step in results["steps"]:
-        print(f"{step['name']:<12}{step['status']:<8}{step['seconds']:>8.1f} s  {step['summary']}")
+        print(f"{step['name']:<17}{step['status']:<8}{step['seconds']:>8.1f} s  {step['summary']}")
     print(f"results in {options.out}")
     return 1 if any(step["status"] == "failed" for step in results["steps"]) else 0
 

@@ -51,7 +51,11 @@ NORM_SMALL = {
 NORM_LARGE = {
     "bert_base": NormShape(16384, 768),
     "bert_large": NormShape(16384, 1024),
+    "eight_mb": NormShape(4096, 1024),
+    "llama_1b": NormShape(16384, 2048),
     "llama_8b": NormShape(8192, 4096),
+    "llama_70b": NormShape(8192, 8192),
+    "gpt3": NormShape(4096, 12288),
     "wide": NormShape(1024, 65536),
     "widest": NormShape(256, 262144),
 }

@@ -43,15 +43,38 @@ def test_every_missing_package_is_named_with_a_remedy(gpu_check):
 
 def test_steps_begin_with_the_build_and_conformance(gpu_check, tmp_path):
     steps = gpu_check.steps(tmp_path, quick=True)
-    names = ["build", "wrappers", "conformance", "gpu", "memcheck", "racecheck", "bench"]
-    assert [s.name for s in steps] == names
+    sanitizers = [
+        f"{tool}-{impl}" for tool in ("memcheck", "racecheck") for impl in ("cuda", "triton")
+    ]
+    assert [s.name for s in steps] == [
+        "build",
+        "wrappers",
+        "conformance",
+        "gpu",
+        *sanitizers,
+        "bench",
+    ]
     assert Path(steps[0].command[-1]).is_file() and Path(steps[1].command[-1]).is_file()
     files = [Path(word).name for word in steps[2].command if word.endswith(".py")]
     assert {"test_norm.py", "test_attention.py", "test_ffn.py", "test_loss.py"} <= set(files)
 
 
+def test_only_takes_the_names_of_steps(gpu_check, capsys):
+    with (
+        mock.patch.object(gpu_check, "missing", list),
+        mock.patch.object(sys, "argv", ["gpu_check.py", "--only", "wrappers", "no-such-step"]),
+    ):
+        assert gpu_check.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "gpu-check: --only takes build, wrappers, conformance, gpu, memcheck-cuda"
+    )
+    assert said.endswith(", got no-such-step\n")
+
+
 def test_every_benchmark_is_a_script(gpu_check, tmp_path):
-    scripts = {Path(s.command[1]) for s in gpu_check.steps(tmp_path, quick=False)[6:]}
+    benchmarks = [s for s in gpu_check.steps(tmp_path, quick=False) if s.name.startswith("bench")]
+    scripts = {Path(s.command[1]) for s in benchmarks}
     assert ROOT / "benchmarks" / "attention.py" in scripts
     assert len(scripts) >= 4 and all(script.is_file() for script in scripts)
 
