@@ -41,6 +41,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(64)
 def dropout_args(p: float) -> tuple[int, float]:
     """(threshold, scale) of Philox dropout, as `fastlm.reference.dropout` defines them."""
     return min(round(p * 2**32), 0xFFFFFFFF), 0.0 if p == 1.0 else 1.0 / (1.0 - p)
@@ -59,6 +60,7 @@ class RowConfig:
 WIDEST_ROW = 8192
 
 
+@functools.cache
 def row_config(cols: int) -> RowConfig:
     """Row-wise kernels (norm): about 4,096 elements a program, at least one row."""
     block_n = min(max(next_power_of_2(cols), 16), WIDEST_ROW)
