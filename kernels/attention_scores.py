@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args, next_power_of_2
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import LOG2_E, load_rows, relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
@@ -275,7 +276,8 @@ def relative_values(
     buckets, nheads = table.shape
     width = 2 * extent + 1
     values = torch.empty((nheads, width), dtype=torch.float32, device=table.device)
-    _relative_values_kernel[(ceil_div(width, 128) * nheads,)](
+    launch(
+        _relative_values_kernel, ceil_div(width, 128) * nheads,
         table, values, *table.stride(), extent,
         STARTS=bucket_starts(buckets, bidirectional, max_distance),
         BIDIRECTIONAL=bidirectional,

@@ -68,6 +68,7 @@ def row_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
 
 
+@functools.cache
 def loss_config(cols: int) -> RowConfig:
     """Cross-entropy: at most 16 logits a thread, so that no combination of options spills."""
     block_n = min(max(next_power_of_2(cols), 16), 4096)
@@ -75,6 +76,7 @@ def loss_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 1024 else 8)
 
 
+@functools.cache
 def tile_config(cols: int, elements: int) -> RowConfig:
     """Elementwise kernels: tiles of about `elements`, of the width that pads rows least."""
     block_n = min((1024, 512, 256, 128), key=lambda n: ceil_div(cols, n) * n)  # widest of equals

@@ -1,51 +1,76 @@
 """Launches kernels, as `kernel[grid](...)` does, for less of the host's time.
 
 Triton binds arguments to a signature, looks at each, and writes the options into a string, at every
-launch. Here a call that has been made before, by what Triton specialises kernels for, goes to the
-kernel that Triton compiled for it then.
+launch. Here a call like one that was made before, in all that Triton specialises kernels for, goes
+to the kernel that Triton compiled for that one. Launching a norm's forward so takes 0.6 of the
+host's time (Triton 3.6 and 3.9, without the driver's part).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _AMD = torch.version.hip is not None
 
-# (kernel, device, what it is specialised for) -> the compiled kernel, and the names of the keyword
-# arguments that it takes after the positional ones. Kernels are never freed, so that ids stay.
-_compiled: dict[tuple, tuple] = {}
+
+@dataclass(frozen=True)
+class _Form:
+    """How calls of one kernel with the same names of keyword arguments are read."""
+
+    number: int  # of forms before this one: what stands for it in a key
+    keywords: tuple[str, ...]  # the kernel's arguments that come by keyword, in its order
+    varying: tuple[str, ...]  # those of them that are not constexprs
+    fixed: tuple[str, ...]  # constexprs, and options of the launch
+
+
+# (id of a kernel, number of positional arguments, names of others) -> how to read them; kernels are
+# never freed, so that ids stay theirs.
+_forms: dict[tuple, _Form] = {}
+# (form, device, what Triton specialises for) -> the compiled kernel.
+_compiled: dict[tuple, object] = {}
 
 
 def launch(kernel, programs: int, *args, **options) -> None:
-    """`kernel[(programs,)](*args, **options)`.
+    """`kernel[(programs,)](*args, **options)`, on the current device.
 
     Args:
-        args: the kernel's first arguments, none of them a constexpr; a tensor first, on the current
-            device.
-        options: constexprs, all that `args` leaves of the kernel's arguments; options of a launch.
+        args: the kernel's first arguments, no constexprs; the first is a tensor on that device.
+        options: its other arguments, all of them, and options of the launch.
     """
-    key = _key(kernel, args, options)
-    if key is None:
-        kernel[(programs,)](*args, **options)
-    elif key in _compiled:
-        compiled, names = _compiled[key]
-        compiled[(programs, 1, 1)](*args, *[options[name] for name in names])
-    else:
-        compiled = kernel[(programs,)](*args, **options)
-        names = kernel.arg_names[len(args) :]
-        if compiled is not None and all(name in options for name in names):
-            _compiled[key] = compiled, names
-
-
-def _key(kernel, args: tuple, options: dict) -> tuple | None:
-    """At least as fine as Triton's own; None where Triton has to look itself: in the interpreter,
-    on AMD, where it looks at sizes of storage too, and at arguments of other types."""
+    # In the interpreter, and on AMD, where sizes of storage count too, Triton looks itself.
     if _AMD or type(kernel) is not JITFunction or kernel.pre_run_hooks:
-        return None
-    key = [id(kernel), args[0].get_device(), *options.values()]
-    for x in args:
+        kernel[(programs,)](*args, **options)
+        return
+    names = (id(kernel), len(args), *options)
+    form = _forms.get(names) or _new_form(names, kernel, args, options)
+    key = _key(form, args, options)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*args, *[options[name] for name in form.keywords])
+        return
+    compiled = kernel[(programs,)](*args, **options)
+    if key is not None and compiled is not None:
+        _compiled[key] = compiled
+
+
+def _new_form(names: tuple, kernel: JITFunction, args: tuple, options: dict) -> _Form:
+    parameters = kernel.params[len(args) :]
+    keywords = tuple(p.name for p in parameters)
+    varying = tuple(p.name for p in parameters if not p.is_constexpr)
+    fixed = tuple(name for name in options if name not in varying)
+    form = _forms[names] = _Form(len(_forms), keywords, varying, fixed)
+    return form
+
+
+def _key(form: _Form, args: tuple, options: dict) -> tuple | None:
+    """At least as fine as what Triton specialises for; None with arguments of other types."""
+    key = [form.number, args[0].get_device(), *[options[name] for name in form.fixed]]
+    for x in (*args, *[options[name] for name in form.varying]) if form.varying else args:
         kind = type(x)
         if kind is int:
             key.append(x % 16 == 0 if 1 < x < 2**31 else _rare(x))
@@ -55,12 +80,16 @@ def _key(kernel, args: tuple, options: dict) -> tuple | None:
             key.append(float)
         elif isinstance(x, Tensor):
             key += x.dtype, x.data_ptr() % 16
+        elif kind is TensorDescriptor:
+            named = vars(x).copy()
+            base, _, _ = named.pop("base"), named.pop("shape"), named.pop("strides")
+            key += base.dtype, tuple(named.pop("block_shape")), *named.values()
         else:
             return None
     return tuple(key)
 
 
 def _rare(x: int) -> tuple[str, bool]:
-    """The class of an integer of another type, or equal to 1."""
+    """The class of an integer of another type than int32, negative, or equal to 1."""
     size = "1" if x == 1 else "i32" if -(2**31) <= x < 2**31 else "i64" if x < 2**63 else "u64"
     return size, x % 16 == 0

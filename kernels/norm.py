@@ -339,7 +339,8 @@ def norm_bwd(
     out_dz, out_dx = new((M, N), dz_dtype), new((M, N), dx_dtype)
     dweight, dbias = new(N, dweight_dtype), new(N, dbias_dtype)
     if M == 0:
-        return out_dz, out_dx, *(None if sums is None else sums.zero_() for sums in (dweight, dbias))
+        dweight, dbias = (None if x is None else x.zero_() for x in (dweight, dbias))
+        return out_dz, out_dx, dweight, dbias
     config = row_config(N)
     wide = N > WIDEST_ROW
     # Half of the forward's tile: twice as many values are alive, and sm_100 spilled otherwise.

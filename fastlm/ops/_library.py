@@ -107,6 +107,11 @@ def apply(function: type[torch.autograd.Function], *inputs):
     return function.forward(*inputs)
 
 
+def unwanted(like: torch.Tensor) -> torch.Tensor:
+    """What an operator returns, and its fake, for a result that is not wanted."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
 def _with_all_tensors(launch: Callable) -> Callable:
     """`launch` as a schema wants it: a tensor for each result."""
 
@@ -115,9 +120,7 @@ def _with_all_tensors(launch: Callable) -> Callable:
         results = launch(first, *args)
         if not isinstance(results, tuple):
             return results
-        return tuple(
-            first.new_empty(0, dtype=torch.float32) if x is None else x for x in results
-        )
+        return tuple(unwanted(first) if x is None else x for x in results)
 
     return complete
 

@@ -16,6 +16,7 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
+from fastlm.ops._library import apply
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
 from fastlm.reference import ffn as reference
 
@@ -59,7 +60,7 @@ def bias_act(
     backend = choose("bias_act", impl, _BACKENDS, x.device, tensors)
     if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
-    return BiasAct.apply(x, _contiguous(bias), seed, activation, float(dropout_p), backend)
+    return apply(BiasAct, x, _contiguous(bias), seed, activation, float(dropout_p), backend)
 
 
 def glu(
@@ -90,7 +91,7 @@ def glu(
     backend = choose("glu", impl, _BACKENDS, gate.device, tensors)
     if backend == "torch":
         return reference.glu(gate, up, activation=activation)
-    return Glu.apply(gate, up, activation, backend)
+    return apply(Glu, gate, up, activation, backend)
 
 
 def ffn(
@@ -149,7 +150,7 @@ def ffn(
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     options = (activation, float(dropout_p), recompute, backend)
-    y, *_ = Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, *options)
+    y, *_ = apply(Ffn, x, w1, _contiguous(b1), w2, b2, seed, *options)
     return y
 
 
@@ -198,7 +199,9 @@ def gated_ffn(
     if backend == "torch":
         recompute = recompute and not in_functorch()
         return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
-    y, *_ = GatedFfn.apply(x, *(w.to(x.dtype) for w in weights), activation, recompute, backend)
+    y, *_ = apply(
+        GatedFfn, x, *(w.to(x.dtype) for w in weights), activation, recompute, backend
+    )  # fmt: skip
     return y
 
 

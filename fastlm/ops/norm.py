@@ -18,7 +18,7 @@ from fastlm.ops._check import (
     require_probability,
     require_shape,
 )
-from fastlm.ops._library import apply, contract, cuda_contract
+from fastlm.ops._library import apply, contract, cuda_contract, unwanted
 from fastlm.ops._rows import as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
@@ -31,8 +31,8 @@ def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dt
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return (
         x.new_empty((rows, cols), dtype=out_dtype),
-        x.new_empty((rows, cols) if keep_z else (0,), dtype=z_dtype if keep_z else torch.float32),
-        x.new_empty(rows if kind == "layer" else 0, dtype=torch.float32),
+        x.new_empty((rows, cols), dtype=z_dtype) if keep_z else unwanted(x),
+        x.new_empty(rows, dtype=torch.float32) if kind == "layer" else unwanted(x),
         x.new_empty(rows, dtype=torch.float32),
     )
 
@@ -59,9 +59,7 @@ def _norm_bwd_fake(
     dy, dz, z, weight, mean, rstd, seed, dropout_p, kind, dz_dtype, dx_dtype, dweight_dtype,
     dbias_dtype,
 ):  # fmt: skip
-    new = lambda shape, dtype: z.new_empty(
-        (0,) if dtype is None else shape, dtype=dtype or torch.float32
-    )
+    new = lambda shape, dtype: unwanted(z) if dtype is None else z.new_empty(shape, dtype=dtype)
     cols = z.shape[1]
     return (
         new(z.shape, dz_dtype),
