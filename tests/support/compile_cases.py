@@ -81,12 +81,16 @@ def attention() -> Iterator[Case]:
     nvidia, ampere, hopper = ("sm_80", "sm_90", "sm_100"), "sm_80", "sm_90"
 
     def case(label, dtype, headdim, *targets, nheads=16, nheads_k=16, seqlen_q=1024, gap=0,
-             **options):  # fmt: skip
+             precision="highest", **options):  # fmt: skip
         def run():
             q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype])
             k = tensor(2, 1024, nheads_k, headdim + gap, dtype=DTYPES[dtype])[..., :headdim]
             v = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
-            forward_backward(fastlm.attention, q, k, v, **options)
+            torch.set_float32_matmul_precision(precision)
+            try:
+                forward_backward(fastlm.attention, q, k, v, **options)
+            finally:
+                torch.set_float32_matmul_precision("highest")
 
         return Case(f"attention-{dtype}-d{headdim}-{label}", run, targets)
 
@@ -102,6 +106,8 @@ def attention() -> Iterator[Case]:
     yield case("causal-gqa-lengths", "bf16", 40, *nvidia, **lengths)
     yield case("causal", "fp32", 64, hopper, "gfx942", causal=True)
     yield case("full", "fp32", 128, ampere)
+    for headdim in (64, 128):
+        yield case("tf32", "fp32", headdim, ampere, hopper, precision="high")
 
 
 def attention_options() -> Iterator[Case]:
