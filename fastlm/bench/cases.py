@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from fastlm import shapes
 from fastlm.bench.attention import attention_cases
-from fastlm.bench.case import Case, Work, make_case
-from fastlm.testing import randn
+from fastlm.bench.case import Case, Work, make_case, randn
 
 
 def norm_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
