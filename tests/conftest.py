@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(config, items):
     if other:
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=other)
+    _spread_long_tests(items)
+
+
+def _spread_long_tests(items) -> None:
+    """Puts the tests marked `long` at equal distances. Workers begin with equal parts of the list,
+    and what is left at the end, for others to take over, is short."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    rest = [item for item in items if not item.get_closest_marker("long")]
+    for i, item in enumerate(long):
+        rest.insert(i * (len(items) // len(long)), item)
+    items[:] = rest
 
 
 @pytest.fixture(autouse=True)
