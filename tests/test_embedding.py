@@ -315,6 +315,26 @@ def test_embedding_twice_and_inputs_unmodified(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_embedding_without_norm_has_second_derivatives(dropout_p, impl, device):
+    """Through the incoming gradient: the call itself is linear, and keeps no table for them."""
+
+    def penalty(embed):
+        def run(ids, token_weight, position_weight):
+            y = embed(ids, token_weight, position_weight=position_weight, padding_idx=2,
+                      dropout_p=dropout_p, seed=torch.full((), SEED, device=device))  # fmt: skip
+            leaves = (token_weight, position_weight)
+            grads = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+            return sum(g.square().sum() for g in grads)
+
+        return run
+
+    inputs = embedding_inputs(torch.float32, device, ("position",), given=False)
+    del inputs["positions"]
+    run_oracle(penalty(partial(fastlm.embedding, impl=impl)), penalty(reference), inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_embedding_seed(impl, device):
     inputs = embedding_inputs(torch.float32, device)
     drop = lambda seed=None: fastlm.embedding(**inputs, dropout_p=0.5, seed=seed, impl=impl)

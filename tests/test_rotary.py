@@ -259,6 +259,23 @@ def test_rotary_twice_and_inputs_unmodified(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_rotary_with_frozen_tables_has_second_derivatives(impl, device):
+    """Through the incoming gradient, without x."""
+
+    def penalty(rotate):
+        def run(x, cos, sin):
+            y = rotate(x, cos, sin)
+            grad = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
+            return grad.square().sum()
+
+        return run
+
+    inputs = rotary_inputs(torch.float32, device, half=5)
+    rotate = partial(fastlm.rotary, impl=impl)
+    run_oracle(penalty(rotate), penalty(reference), inputs, frozen=("cos", "sin"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8), (0, 2, 8)], ids=str)
 def test_rotary_empty(shape, impl, device):
     x = torch.zeros(shape, device=device, requires_grad=True)

@@ -115,6 +115,8 @@ CASES = {
             "token_weight": RESIDUAL[0],
             "position_weight": RESIDUAL[1],
             "type_weight": RESIDUAL[2],
+            "norm_weight": WEIGHT,
+            "norm_bias": BIAS,
         },
         {"type_ids": torch.tensor([0, 1, 1, 3, 0]), "padding_idx": 1} | DROPOUT,
     ),
