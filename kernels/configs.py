@@ -99,20 +99,23 @@ def rotary_config(seqlen: int, nheads: int, pairs: int) -> RotaryConfig:
 
 
 def segment_chunk(rows: int, device: torch.device) -> int:
-    """Rows of a chunk of `segment_sum`: about half the root of all, so that neither the rows of a
+    """Rows of a chunk of `segment_sum`: a third of the root of all, so that neither the rows of a
     chunk nor the chunks of the longest segment are many. 4 in the interpreter: segments cross."""
     if target(device) == "cpu":
         return 4
-    return min(max(next_power_of_2(math.isqrt(rows) // 2), 32), 1024)
+    return min(max(next_power_of_2(math.isqrt(rows) // 3), 32), 1024)
 
 
-def segment_config(units: int, cols: int, device: torch.device) -> RowConfig:
-    """`segment_sum`: 8 rows at a time; where rows of the table (or chunks) are few, more rows of
-    fewer columns, so that many programs share them."""
+def segment_config(units: int, rows: int, cols: int, device: torch.device) -> RowConfig:
+    """`segment_sum`, for `units` segments or chunks of `rows` in all: 8 rows at a time, 4 where
+    most have fewer; where units are few, more rows of fewer columns, so that many programs share.
+    """
     block_n = min(max(next_power_of_2(cols), 16), 1024)
     while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
         block_n //= 2
-    return RowConfig(max(8, min(8192 // block_n, 64)), block_n, 8 if block_n > 512 else 4)
+    elements = 4096 if rows < 4 * units else 8192
+    block_m = min(elements // block_n, 64)
+    return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

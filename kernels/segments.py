@@ -19,13 +19,15 @@ import triton.language as tl
 
 from fastlm.kernels.configs import ceil_div, segment_chunk, segment_config
 
+_ID_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @triton.jit
-def _add_rows(acc, x_ptr, rows, mask_m, cols, mask_n, stride_xm):
-    """acc + the sum of the rows of x that mask_m keeps, fp32. [BLOCK_N]"""
+def _load_rows(x_ptr, rows, mask_m, cols, mask_n, stride_xm):
+    """Rows of x in fp32, 0 outside the masks. [BLOCK_M, BLOCK_N]"""
     mask = mask_m[:, None] & mask_n[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0)
-    return acc + tl.sum(x.to(tl.float32), 0)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -57,8 +59,9 @@ def _segment_parts_kernel(
         row = tl.load(order_ptr + at, mask=inside, other=0)
         in_first = (at < stop_first) & (ids == first)
         in_last = (at < stop_last) & (ids == last)
-        acc_first = _add_rows(acc_first, x_ptr, row, in_first, cols, mask_n, stride_xm)
-        acc_last = _add_rows(acc_last, x_ptr, row, in_last, cols, mask_n, stride_xm)
+        x = _load_rows(x_ptr, row, in_first | in_last, cols, mask_n, stride_xm)
+        acc_first += tl.sum(tl.where(in_first[:, None], x, 0.0), 0)
+        acc_last += tl.sum(tl.where(in_last[:, None], x, 0.0), 0)
     parts = parts_ptr + 2 * chunk * N + cols
     tl.store(parts, acc_first, mask=cols < tl.where(first_crosses, N, 0))
     tl.store(parts + N, acc_last, mask=cols < tl.where(last_crosses, N, 0))
@@ -82,13 +85,13 @@ def _segment_sum_kernel(
         at = i + tl.arange(0, BLOCK_M)
         inside = at < stop
         row = tl.load(order_ptr + at, mask=inside, other=0)
-        acc = _add_rows(acc, x_ptr, row, inside, cols, mask_n, stride_xm)
+        acc += tl.sum(_load_rows(x_ptr, row, inside, cols, mask_n, stride_xm), 0)
     # It ends its first chunk, unless it also begins it.
     second = tl.where(start % CHUNK > 0, 1, 0)
     for chunk in range(first_chunk, tl.where(crosses, last_chunk + 1, first_chunk), BLOCK_M):
         at = (chunk + tl.arange(0, BLOCK_M)).to(tl.int64)
         part = 2 * at + tl.where(at == first_chunk, second, 0)
-        acc = _add_rows(acc, parts_ptr, part, at <= last_chunk, cols, mask_n, N)
+        acc += tl.sum(_load_rows(parts_ptr, part, at <= last_chunk, cols, mask_n, N), 0)
     tl.store(out_ptr + v * N + cols, acc, mask=mask_n)
 
 
@@ -106,7 +109,9 @@ def segment_sum(
     if rows == 0 or N == 0:
         return torch.zeros((table_rows, N), dtype=dtype, device=x.device)
     out = torch.empty((table_rows, N), dtype=dtype, device=x.device)
-    ids, order = torch.sort(ids, stable=True)
+    # A radix sort takes a pass for each byte. Ids outside stay outside.
+    narrow = next(t for t in _ID_TYPES if table_rows <= torch.iinfo(t).max)
+    ids, order = torch.sort(ids.clamp(-1, table_rows).to(narrow), stable=True)
     # Where each row's segment begins, and the last one's ends.
     bounds = torch.arange(table_rows + 1, dtype=ids.dtype, device=x.device)
     starts = torch.searchsorted(ids, bounds)
@@ -117,7 +122,7 @@ def segment_sum(
         (_segment_parts_kernel, chunks, (x, ids, order, parts), (x.stride(0), rows, N)),
         (_segment_sum_kernel, table_rows, (x, order, starts, parts, out), (x.stride(0), N)),
     ):
-        config = segment_config(units, N, x.device)
+        config = segment_config(units, rows, N, x.device)
         col_tiles = ceil_div(N, config.block_n)
         kernel[(units * col_tiles,)](
             *tensors, *sizes, skip, col_tiles, CHUNK=chunk, BLOCK_M=config.block_m,
