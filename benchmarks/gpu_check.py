@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
+BENCHMARKS = ("attention", "norm", "ffn", "loss", "rotary", "embedding")
 BUILD = [sys.executable, str(ROOT / "csrc" / "build.py")]  # into this checkout's fastlm/
 SANITIZERS = ("memcheck", "racecheck")
 MOST_WORKERS = 16  # each takes some memory of the GPU
@@ -201,6 +201,16 @@ def smallest(device: str = "cuda") -> None:
     both(fastlm.gated_ffn, t(3, 32), t(65, 32), t(65, 32), t(32, 65))
     target = torch.tensor([0, -100, 300], device=device)
     both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
+    ids = torch.randint(0, 2, (7, 33), device=device)
+    for interleaved in (False, True):
+        angles = t(40, 5), t(40, 5)
+        options = {"positions": ids, "interleaved": interleaved}
+        both(fastlm.rotary, t(7, 33, 3, 13), *angles, **options)
+    for dim in (33, 8200):
+        tables = {"position_weight": t(40, dim), "type_weight": t(2, dim), "type_ids": ids}
+        norm = {"norm_weight": t(dim), "norm_bias": t(dim), "dropout_p": 0.5, "seed": 1}
+        both(fastlm.embedding, ids[:, :3], t(5, dim), padding_idx=0,
+             **{**tables, "type_ids": ids[0, :3]}, **norm)  # fmt: skip
 
 
 def smallest_cuda(device: str = "cuda") -> None:

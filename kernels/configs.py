@@ -81,6 +81,43 @@ def tile_config(cols: int, elements: int) -> RowConfig:
     return RowConfig(max(1, elements // block_n), block_n, 4)
 
 
+@dataclass(frozen=True)
+class RotaryConfig:
+    """A tile of `block_t` tokens by `block_h` heads; more heads are looped over."""
+
+    block_t: int
+    block_h: int
+    num_warps: int
+
+
+def rotary_config(seqlen: int, nheads: int, pairs: int) -> RotaryConfig:
+    """About 2,048 pairs a program, at least one token."""
+    block_p = next_power_of_2(pairs)
+    block_h = min(next_power_of_2(nheads), max(2048 // block_p, 1))
+    block_t = min(max(2048 // (block_p * block_h), 1), next_power_of_2(seqlen))
+    return RotaryConfig(block_t, block_h, 4)
+
+
+def segment_chunk(rows: int, device: torch.device) -> int:
+    """Rows of a chunk of `segment_sum`: a third of the root of all, so that neither the rows of a
+    chunk nor the chunks of the longest segment are many. 4 in the interpreter: segments cross."""
+    if target(device) == "cpu":
+        return 4
+    return min(max(next_power_of_2(math.isqrt(rows) // 3), 32), 1024)
+
+
+def segment_config(units: int, rows: int, cols: int, device: torch.device) -> RowConfig:
+    """`segment_sum`, for `units` segments or chunks of `rows` in all: 8 rows at a time, 4 where
+    most have fewer; where units are few, more rows of fewer columns, so that many programs share.
+    """
+    block_n = min(max(next_power_of_2(cols), 16), 1024)
+    while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
+        block_n //= 2
+    elements = 4096 if rows < 4 * units else 8192
+    block_m = min(elements // block_n, 64)
+    return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: for fp32, what `torch.get_float32_matmul_precision()` asks."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"

@@ -109,3 +109,20 @@ def pytest_sessionfinish(session, exitstatus):
 def device() -> str:
     """Where the tests' tensors live: a GPU if there is one, else the CPU (interpreted kernels)."""
     return DEVICE
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """Names of the Triton kernels that a test launches, without the leading underscore."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names = []
+    for cls in (InterpretedFunction, JITFunction):
+
+        def run(self, *args, original=cls.run, **kwargs):
+            names.append(self.fn.__name__.strip("_"))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "run", run)
+    return names

@@ -98,13 +98,30 @@ CASES = {
         {"x": QKV["q"], "cos": randn(4, 3, seed=4), "sin": randn(4, 3, seed=5)},
         {},
     ),
+    "rotary-packed": (
+        rotary.rotary,
+        {"x": PACKED["k"], "cos": randn(4, 3, seed=4), "sin": randn(4, 3, seed=5)},
+        {"interleaved": True, "positions": torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 0, 1])},
+    ),
     "embedding": (
         embedding.embedding,
         {"ids": TARGET["target"].clamp(min=0), "token_weight": RESIDUAL[0], "norm_weight": WEIGHT},
         DROPOUT,
     ),
+    "embedding-tables": (
+        embedding.embedding,
+        {
+            "ids": TARGET["target"].clamp(min=0),
+            "token_weight": RESIDUAL[0],
+            "position_weight": RESIDUAL[1],
+            "type_weight": RESIDUAL[2],
+            "norm_weight": WEIGHT,
+            "norm_bias": BIAS,
+        },
+        {"type_ids": torch.tensor([0, 1, 1, 3, 0]), "padding_idx": 1} | DROPOUT,
+    ),
 }
-TORCH_ALONE = ("linear_cross_entropy", "rotary", "embedding")
+TORCH_ALONE = ("linear_cross_entropy",)
 WITH_CUDA = ("layer_norm", "rms_norm", "bias_act", "glu", "ffn", "gated_ffn")
 
 
@@ -196,7 +213,7 @@ def test_torch_func_grad_of_grad(name, impl, device):
 
 # One case for each kind of autograd function
 TRANSFORMED = ["layer_norm-all", "glu", "ffn", "gated_ffn", "cross_entropy", "attention-window",
-               "attention_varlen", "linear_cross_entropy"]  # fmt: skip
+               "attention_varlen", "linear_cross_entropy", "rotary", "embedding"]  # fmt: skip
 
 
 def along_first(run, tensors):

@@ -9,6 +9,7 @@ write.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,29 +132,90 @@ def loss_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
         )  # fmt: skip
 
 
+def rotary_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """Queries turned by fp32 angles, in halves as Llama and between neighbours as GPT-J."""
+    table = shapes.ROTARY_LARGE if device.type == "cuda" else shapes.ROTARY_CPU
+    for name, s in _first(table, quick):
+        half = s.rotary_dim // 2
+        rate = 10000.0 ** (-torch.arange(half) / half)
+        angles = (torch.arange(s.seqlen)[:, None] * rate).to(device)
+        x = randn(s.batch, s.seqlen, s.nheads, s.headdim, dtype=dtype, device=device, seed=1)
+        tensors = {"x": x, "cos": angles.cos(), "sin": angles.sin()}
+        moved = 2 * x.numel() * dtype.itemsize
+        size = f"{s.batch}x{s.seqlen}x{s.nheads}x{s.headdim}"
+        for interleaved in (False,) if quick else (False, True):
+            layout = "neighbours" if interleaved else "halves"
+            yield make_case(
+                "rotary", f"{name}/{layout} {size}", "rotary", tensors,
+                {"interleaved": interleaved}, _rotate_neighbours if interleaved else _rotate_halves,
+                Work("GB/s", moved, moved), frozen=frozenset(("cos", "sin")),
+            )  # fmt: skip
+
+
+def _rotate_halves(x, cos, sin):
+    """As Hugging Face's Llama, whose angles are in the dtype of x, twice in a row."""
+    cos, sin = (torch.cat((t, t), -1).to(x.dtype)[:, None] for t in (cos, sin))
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, -1)
+    return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, rest), -1)
+
+
+def _rotate_neighbours(x, cos, sin):
+    """As Hugging Face's GPT-J, likewise."""
+    cos, sin = (t.to(x.dtype).repeat_interleave(2, -1)[:, None] for t in (cos, sin))
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    return torch.cat((turned * cos + other * sin, rest), -1)
+
+
 def embedding_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Tokens, positions and types added and normalised, as in BERT."""
-    batch, seqlen, vocab = (64, 512, 30522) if device.type == "cuda" else (8, 128, 5000)
-    dim = 768
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab, (batch, seqlen), generator=generator).to(device)
-    table = lambda rows, seed: randn(rows, dim, dtype=dtype, device=device, seed=seed)
-    tensors = {
-        "ids": ids,
-        "token_weight": table(vocab, 1),
-        "position_weight": table(seqlen, 2),
-        "norm_weight": table(1, 3)[0],
-        "norm_bias": table(1, 4)[0],
-    }
-    moved = batch * seqlen * dim * torch.finfo(dtype).bits / 8
-    yield make_case(
-        "embedding", f"bert {batch}x{seqlen}x{dim}", "embedding", tensors, {"eps": 1e-12},
-        lambda ids, token_weight, position_weight, norm_weight, norm_bias: F.layer_norm(
-            F.embedding(ids, token_weight) + position_weight, norm_weight.shape, norm_weight,
-            norm_bias, 1e-12,
-        ),
-        Work("GB/s", 2 * moved, 3 * moved),
-    )  # fmt: skip
+    """Tokens, positions and types added and normalised, as in BERT; half of the tokens are padding,
+    and without it; and tokens and positions alone, as in GPT-2."""
+    table = shapes.EMBEDDING_LARGE if device.type == "cuda" else shapes.EMBEDDING_CPU
+    for name, s in _first(table, quick):
+        generator = torch.Generator().manual_seed(0)
+        index = lambda n, s=s, g=generator: torch.randint(n, (s.batch, s.seqlen), generator=g)
+        ids, types = index(s.vocab), index(2)
+        rows = lambda n, seed, s=s: randn(n, s.dim, dtype=dtype, device=device, seed=seed)
+        tensors = {
+            "ids": ids.to(device), "token_weight": rows(s.vocab, 1),
+            "position_weight": rows(s.max_seqlen, 2), "type_ids": types.to(device),
+            "type_weight": rows(2, 3), "norm_weight": rows(1, 4)[0], "norm_bias": rows(1, 5)[0],
+        }  # fmt: skip
+        moved = s.batch * s.seqlen * s.dim * dtype.itemsize
+        vocab = s.vocab * s.dim * dtype.itemsize
+        # A gradient has as many rows as its table; dy and the sum are read, the sum's gradient is
+        # written, and read by each of the three tables.
+        work = Work("GB/s", 2 * moved, 6 * moved + vocab)
+        size = f"{s.batch}x{s.seqlen}x{s.dim}"
+        yield make_case(
+            "embedding", f"{name}/bert {size}", "embedding", tensors, {"eps": 1e-12},
+            _bert_embedding, work,
+        )  # fmt: skip
+        if quick:
+            continue
+        padded = {**tensors, "ids": torch.where(index(2) > 0, ids, 0).to(device)}
+        yield make_case(
+            "embedding", f"{name}/half_padding {size}", "embedding", padded,
+            {"eps": 1e-12, "padding_idx": 0}, partial(_bert_embedding, padding_idx=0), work,
+        )  # fmt: skip
+        alone = {n: tensors[n] for n in ("ids", "token_weight", "position_weight")}
+        yield make_case(
+            "embedding", f"{name}/gpt2 {size}", "embedding", alone, {},
+            lambda ids, token_weight, position_weight: (
+                F.embedding(ids, token_weight) + position_weight[: ids.shape[1]]
+            ),
+            Work("GB/s", 2 * moved, 2 * moved + vocab),
+        )  # fmt: skip
+
+
+def _bert_embedding(
+    ids, token_weight, position_weight, type_ids, type_weight, norm_weight, norm_bias,
+    padding_idx=None,
+):  # fmt: skip
+    x = F.embedding(ids, token_weight, padding_idx) + F.embedding(type_ids, type_weight)
+    x = x + position_weight[: ids.shape[1]]
+    return F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-12)
 
 
 CASES: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Case]]] = {
@@ -161,6 +223,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Case]]] = 
     "norm": norm_cases,
     "ffn": ffn_cases,
     "loss": loss_cases,
+    "rotary": rotary_cases,
     "embedding": embedding_cases,
 }
 

@@ -46,6 +46,8 @@ def cases() -> Iterator[Case]:
     yield from attention_decode()
     yield from ffn()
     yield from loss()
+    yield from rotary()
+    yield from embedding()
 
 
 def norm() -> Iterator[Case]:
@@ -243,3 +245,50 @@ def loss() -> Iterator[Case]:
     every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     yield case("bf16", 256000, "every-aligned", weighted=True, **every)
     yield case("fp32", 257, "every-odd", weighted=True, **every)
+
+
+def rotary() -> Iterator[Case]:
+    def case(label, dtype, headdim, half, nheads=32, rows=4096, trained=False, positions=False,
+             **options):  # fmt: skip
+        def run():
+            x = tensor(4, 4096, nheads, headdim, dtype=DTYPES[dtype])
+            tables = (tensor(rows, half, grad=trained) for _ in range(2))
+            if positions:
+                options["positions"] = tensor(4, 4096, dtype=torch.int64)
+            forward_backward(fastlm.rotary, x, *tables, **options)
+
+        return Case(f"rotary-{dtype}-{label}-{headdim}", run)
+
+    yield case("halves-aligned", "bf16", 128, 64)
+    yield case("neighbours-aligned", "bf16", 128, 64, interleaved=True)
+    yield case("halves-aligned", "fp32", 64, 32, nheads=12)
+    yield case("partial-aligned", "fp16", 80, 16, nheads=8, positions=True)
+    yield case("partial-neighbours-odd", "fp16", 81, 13, nheads=71, interleaved=True)
+    yield case("trained-aligned", "bf16", 128, 64, nheads=8, trained=True, positions=True)
+    yield case("trained-neighbours-aligned", "bf16", 128, 64, trained=True, interleaved=True)
+
+
+def embedding() -> Iterator[Case]:
+    def case(label, dtype, dim, norm=True, tables=True, index=torch.int64, params=None, **options):
+        def run():
+            of = {"dtype": DTYPES[dtype]}
+            ids = lambda: tensor(32, 512, dtype=index)
+            if norm:
+                options["norm_weight"] = tensor(dim, dtype=params or DTYPES[dtype])
+                options["norm_bias"] = tensor(dim, dtype=params or DTYPES[dtype])
+            if tables:
+                options["position_weight"], options["positions"] = tensor(512, dim, **of), ids()
+                options["type_weight"], options["type_ids"] = tensor(2, dim, **of), ids()
+            forward_backward(fastlm.embedding, ids(), tensor(30522, dim, **of), **options)
+
+        return Case(f"embedding-{dtype}-{label}-{dim}", run)
+
+    dropout = {"dropout_p": 0.1, "seed": 1}
+    yield case("bert-aligned", "bf16", 768, **dropout, padding_idx=0)
+    yield case("bert-aligned", "fp32", 1024, **dropout)
+    yield case("bert-mixed-aligned", "fp16", 1024, params=torch.float32, index=torch.int32)
+    yield case("bert-odd", "fp16", 1001, **dropout)
+    yield case("plain-aligned", "bf16", 4096, norm=False, tables=False)
+    yield case("dropout-aligned", "bf16", 2048, norm=False, tables=False, **dropout)
+    yield case("widest-tile-aligned", "bf16", 8192, **dropout)
+    yield case("wide-aligned", "bf16", 16384, **dropout)
