@@ -338,7 +338,7 @@ def test_ffn_autocast_leaves_fp64_alone():
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_layouts_are_bitwise_equal(op, layout, impl, device):
+def test_ffn_layouts(op, layout, impl, device):
     inputs = small(op, device=device)
     y = getattr(fastlm, op)(**inputs, **options_of(op))
     dy = randn(*y.shape, device=device, seed=9)
@@ -349,8 +349,8 @@ def test_ffn_layouts_are_bitwise_equal(op, layout, impl, device):
         if layout == "expanded":
             values[what] = values[what][:1].expand(values[what].shape).clone()
         changed = values | {what: with_layout(values[what], layout)}
-        if op.endswith("ffn") and device == "cuda":  # cuBLAS has other products for other layouts
-            check_against_reference(by(impl), by(None), changed, backward=False)
+        if op.endswith("ffn"):  # torch's products may have other bits for other layouts
+            check_against_reference(by(impl), by("torch"), changed, backward=False)
         else:
             assert all_equal(by(impl)(**changed), by(impl)(**values)), what
 
