@@ -424,7 +424,7 @@ class _CountProducts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        products = ("mm", "addmm", "bmm", "matmul", "linear")
+        products = ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
         self.count += func.overloadpacket.__name__ in products
         return func(*args, **(kwargs or {}))
 
