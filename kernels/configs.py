@@ -422,9 +422,9 @@ class MatmulConfig:
         }
 
 
-# target -> product -> (block_m, block_n, block_k, num_warps, num_stages, slices, programs). Chosen by
-# compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that one
-# multiplies during the other's epilogue. Not timed yet.
+# target -> product -> (block_m, block_n, block_k, num_warps, num_stages, slices, programs). Chosen
+# by compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
+# one multiplies during the other's epilogue. Not timed yet.
 _MATMUL = {
     "sm_80": {
         "up": (128, 128, 32, 8, 3, 4, 1),
@@ -444,9 +444,7 @@ _MATMUL = {
         "down": (128, 64, 64, 4, 3, 8, 2),
         "gated_down": (128, 64, 64, 4, 3, 8, 2),
     },
-    "gfx942": dict.fromkeys(
-        ("up", "gated_up", "down", "gated_down"), (128, 64, 32, 4, 2, 4, 2)
-    ),
+    "gfx942": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (128, 64, 32, 4, 2, 4, 2)),
     # The interpreter: several tiles in both directions, and programs that take more than one.
     "cpu": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (16, 32, 16, 4, 1, 2, 1)),
 }
@@ -462,8 +460,8 @@ def matmul_config(which: str, device: torch.device) -> MatmulConfig:
 
 
 # (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
-# least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits into
-# holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): then every call goes by "cublas".
+# least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits
+# into holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): every call goes by "cublas".
 _FFN_WAYS: dict[tuple[str, str, bool], tuple[tuple[int, int, int, str], ...]] = {}
 
 

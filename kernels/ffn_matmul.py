@@ -1,19 +1,19 @@
 """The feed-forward's matrix products with everything elementwise in their epilogues.
 
-    ffn:    h = x w1^T;  a = dropout(activation(h + b1))
-            dh = dropout(dy w2) * activation'(h + b1);  db1 = sum_rows(dh);  a again
+    ffn:    z = x w1^T + b1;  a = dropout(activation(z))
+            dz = dropout(dy w2) * activation'(z);  db1 = sum_rows(dz);  a again
     gated:  gate = x w_gate^T, up = x w_up^T;  a = activation(gate) * up
             da = dy w_down;  dgate = da * up * activation'(gate);  dup = da * activation(gate);  a
 
-The epilogue takes the product in fp32, where separate kernels read it rounded to half. Of bytes for
-an element of the hidden layer (halves), beside what the products must read: forward 4 (h and a
-written; 2 where h is not kept), gated 6 (2); backward 6 (h read, dh and a written), gated 10. With a
-kernel between the products it is 6, 10, 10 and 16. db1 is the sum of one fp32 row for each tile of
+The epilogue takes the product in fp32, where a kernel of its own reads it rounded to half. Bytes
+for an element of the hidden layer, beside what the products read: forward 4 (z and a are written; 2
+where z is not kept), backward 6 (z read, dz and a written); gated 6 (2) and 10. With a kernel
+between the products it is 6 and 10; 10 and 14. db1 is the sum of one fp32 row for each tile of
 rows, in a fixed order.
 
 Programs are persistent: each takes every `programs`-th tile. Where alignment allows it tiles come
-and go through tensor descriptors (the copy engine), else through pointers. Halves alone: what is
-fp32 goes the other way.
+and go through tensor descriptors (the copy engine), else through pointers. Halves alone: fp32 goes
+the other way.
 
 Source: Hendrycks and Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
@@ -90,12 +90,12 @@ def _slice(x, i: tl.constexpr, SLICES: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _ffn_up_kernel(
     x_desc, x_ptr, w_desc, w_ptr, up_desc, up_ptr, bias_ptr, seed_ptr,
-    h_desc, h_ptr, hu_desc, hu_ptr, a_desc, a_ptr,
+    z_desc, z_ptr, u_desc, u_ptr, a_desc, a_ptr,
     stride_x, stride_w, stride_up, M, N, K, threshold: tl.uint32, scale,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of h = x w^T and of a; with GATED also of hu = x up^T. x M x K, weights N x K."""
+    """Tiles of z = x w^T + bias and of a, with GATED also of u = x up^T. x M x K, weights N x K."""
     row_tiles, col_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     PART: tl.constexpr = BLOCK_N // SLICES
     for tile in tl.range(
@@ -103,27 +103,26 @@ def _ffn_up_kernel(
     ):
         row, col = _place(tile, row_tiles, col_tiles, GROUP)
         first_row, first_col = row * BLOCK_M, col * BLOCK_N
-        h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        hu = h
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc_u = acc
         for k in range(0, K, BLOCK_K):
             x = _load(x_desc, x_ptr, first_row, k, stride_x, M, K, BLOCK_M, BLOCK_K)
             w = _load(w_desc, w_ptr, first_col, k, stride_w, N, K, BLOCK_N, BLOCK_K)
-            h = tl.dot(x, tl.trans(w), h)
+            acc = tl.dot(x, tl.trans(w), acc)
             if GATED:
                 up = _load(up_desc, up_ptr, first_col, k, stride_up, N, K, BLOCK_N, BLOCK_K)
-                hu = tl.dot(x, tl.trans(up), hu)
+                acc_u = tl.dot(x, tl.trans(up), acc_u)
         for i in tl.static_range(SLICES):
             first = first_col + i * PART
-            z = _slice(h, i, SLICES)
-            _store(h_desc, h_ptr, first_row, first, M, N, z, BLOCK_M, PART)
+            z = _slice(acc, i, SLICES)
+            if bias_ptr is not None:
+                cols = first + tl.arange(0, PART)
+                z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            _store(z_desc, z_ptr, first_row, first, M, N, z, BLOCK_M, PART)
             if GATED:
-                u = _slice(hu, i, SLICES)
-                _store(hu_desc, hu_ptr, first_row, first, M, N, u, BLOCK_M, PART)
+                u = _slice(acc_u, i, SLICES)
+                _store(u_desc, u_ptr, first_row, first, M, N, u, BLOCK_M, PART)
             if a_ptr is not None:
-                if bias_ptr is not None:
-                    cols = first + tl.arange(0, PART)
-                    bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
-                    z += bias.to(tl.float32)[None, :]
                 a, _ = activate(z, ACTIVATION)
                 if GATED:
                     a *= u
@@ -136,15 +135,15 @@ def _ffn_up_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _ffn_down_bwd_kernel(
-    dy_desc, dy_ptr, w_desc, w_ptr, h_desc, h_ptr, hu_desc, hu_ptr, bias_ptr, seed_ptr,
-    dh_desc, dh_ptr, dhu_desc, dhu_ptr, a_desc, a_ptr, dbias_ptr,
-    stride_dy, stride_w, stride_h, stride_hu, M, N, K, threshold: tl.uint32, scale,
+    dy_desc, dy_ptr, w_desc, w_ptr, z_desc, z_ptr, u_desc, u_ptr, seed_ptr,
+    dz_desc, dz_ptr, du_desc, du_ptr, a_desc, a_ptr, dbias_ptr,
+    stride_dy, stride_w, stride_z, stride_u, M, N, K, threshold: tl.uint32, scale,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of dy w and from them of dh and a, with GATED of dhu, and their rows of dbias.
+    """Tiles of dy w and from them of dz and a, with GATED of du, and their rows of dbias.
 
-    dy M x K, w K x N; h and hu as the forward wrote them.
+    dy M x K, w K x N; z and u as the forward wrote them.
     """
     row_tiles, col_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     PART: tl.constexpr = BLOCK_N // SLICES
@@ -153,38 +152,35 @@ def _ffn_down_bwd_kernel(
     ):
         row, col = _place(tile, row_tiles, col_tiles, GROUP)
         first_row, first_col = row * BLOCK_M, col * BLOCK_N
-        da = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
             dy = _load(dy_desc, dy_ptr, first_row, k, stride_dy, M, K, BLOCK_M, BLOCK_K)
             w = _load(w_desc, w_ptr, k, first_col, stride_w, K, N, BLOCK_K, BLOCK_N)
-            da = tl.dot(dy, w, da)
+            acc = tl.dot(dy, w, acc)
         for i in tl.static_range(SLICES):
             first = first_col + i * PART
-            cols = first + tl.arange(0, PART)
-            g = _slice(da, i, SLICES)
-            if seed_ptr is not None:  # before h is there: both take registers
+            g = _slice(acc, i, SLICES)
+            if seed_ptr is not None:  # before z is there: both take registers
                 rows = first_row + tl.arange(0, BLOCK_M)
                 keep = dropout_keep(tl.load(seed_ptr), threshold, 0, 0, rows, first, PART)
                 g = tl.where(keep, g * scale, 0.0)
-            z = _load(h_desc, h_ptr, first_row, first, stride_h, M, N, BLOCK_M, PART)
-            z = z.to(tl.float32)
-            if bias_ptr is not None:
-                z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-            a, slope = activate(z, ACTIVATION)
+            z = _load(z_desc, z_ptr, first_row, first, stride_z, M, N, BLOCK_M, PART)
+            a, slope = activate(z.to(tl.float32), ACTIVATION)
             if GATED:
-                u = _load(hu_desc, hu_ptr, first_row, first, stride_hu, M, N, BLOCK_M, PART)
+                u = _load(u_desc, u_ptr, first_row, first, stride_u, M, N, BLOCK_M, PART)
                 u = u.to(tl.float32)
-                _store(dhu_desc, dhu_ptr, first_row, first, M, N, g * a, BLOCK_M, PART)
+                _store(du_desc, du_ptr, first_row, first, M, N, g * a, BLOCK_M, PART)
                 g *= u
                 a *= u
             if seed_ptr is not None:
                 a = tl.where(keep, a * scale, 0.0)
-            dh = g * slope
-            _store(dh_desc, dh_ptr, first_row, first, M, N, dh, BLOCK_M, PART)
+            dz = g * slope
+            _store(dz_desc, dz_ptr, first_row, first, M, N, dz, BLOCK_M, PART)
             _store(a_desc, a_ptr, first_row, first, M, N, a, BLOCK_M, PART)
-            if dbias_ptr is not None:  # dh is 0 in rows that are not there: dy is
+            if dbias_ptr is not None:  # dz is 0 in rows that are not there: dy is
+                cols = first + tl.arange(0, PART)
                 out = dbias_ptr + row.to(tl.int64) * N + cols
-                tl.store(out, tl.sum(dh, 0), mask=cols < N)
+                tl.store(out, tl.sum(dz, 0), mask=cols < N)
 
 
 def ffn_up(
@@ -194,15 +190,15 @@ def ffn_up(
     seed: torch.Tensor | None,
     activation: str,
     dropout_p: float,
-    need_h: bool,
+    need_z: bool,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (rows, dim), w1 (hidden_dim, dim), halves of one dtype; b1 contiguous.
+    """x (rows, dim), w1 (hidden_dim, dim), halves of one dtype; b1 contiguous, of any.
 
-    Returns h and a, (rows, hidden_dim); what is not needed is empty.
+    Returns z and a, (rows, hidden_dim); what is not needed is empty.
     """
-    h, _, a = _up(x, w1, None, b1, seed, activation, dropout_p, need_h, need_a)
-    return h, a
+    z, _, a = _up(x, w1, None, b1, seed, activation, dropout_p, need_z, need_a)
+    return z, a
 
 
 def gated_up(
@@ -210,54 +206,53 @@ def gated_up(
     w_gate: torch.Tensor,
     w_up: torch.Tensor,
     activation: str,
-    need_h: bool,
+    need_products: bool,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns gate, up and a, as `ffn_up`."""
-    return _up(x, w_gate, w_up, None, None, activation, 0.0, need_h, need_a)
+    return _up(x, w_gate, w_up, None, None, activation, 0.0, need_products, need_a)
 
 
-def _up(x, w, w_up, bias, seed, activation, dropout_p, need_h, need_a):
+def _up(x, w, w_up, bias, seed, activation, dropout_p, need_z, need_a):
     (M, K), N, gated = x.shape, w.shape[0], w_up is not None
     new = lambda needed: x.new_empty((M, N) if needed else (0,))
-    h, hu, a = new(need_h), new(need_h and gated), new(need_a)
+    z, u, a = new(need_z), new(need_z and gated), new(need_a)
     if M * N == 0:
-        return h, hu, a
+        return z, u, a
     x, w, w_up = _unit_stride(x), _unit_stride(w), _unit_stride(w_up)
     config = matmul_config("gated_up" if gated else "up", x.device)
     m, n, k, part = config.block_m, config.block_n, config.block_k, config.part
     inputs = _described(config, (x, m, k), (w, n, k), (w_up, n, k))
-    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (h, hu, a)))
+    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (z, u, a)))
     threshold, scale = dropout_args(dropout_p)
     _ffn_up_kernel[_grid(config, M, N, x.device)](
         *inputs, bias, seed, *outputs, x.stride(0), w.stride(0),
         w_up.stride(0) if gated else 0, M, N, K, threshold, scale,
         GATED=gated, ACTIVATION=activation, **config.options(),
     )  # fmt: skip
-    return h, hu, a
+    return z, u, a
 
 
 def ffn_down_bwd(
     dy: torch.Tensor,
     w2: torch.Tensor,
-    h: torch.Tensor,
-    b1: torch.Tensor | None,
+    z: torch.Tensor,
     seed: torch.Tensor | None,
     activation: str,
     dropout_p: float,
-    need_dh: bool,
-    need_db1: bool,
+    need_dz: bool,
+    db1_dtype: torch.dtype | None,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dy (rows, out_dim), w2 (out_dim, hidden_dim), h (rows, hidden_dim), halves of one dtype.
+    """dy (rows, out_dim), w2 (out_dim, hidden_dim), z (rows, hidden_dim), halves of one dtype.
 
-    Returns dh, db1 and a; what is not needed is empty.
+    Returns dz, db1 and a; what is not needed is empty.
     """
-    dtype = b1.dtype if need_db1 else h.dtype
-    dh, _, a, partial = _down_bwd(
-        dy, w2, h, None, b1, seed, activation, dropout_p, need_dh, False, need_db1, need_a
+    need_db1 = db1_dtype is not None
+    dz, _, a, partial = _down_bwd(
+        dy, w2, z, None, seed, activation, dropout_p, need_dz, False, need_db1, need_a
     )
-    return dh, (partial.sum(0) if need_db1 else partial).to(dtype), a
+    return dz, (partial.sum(0) if need_db1 else partial).to(db1_dtype or z.dtype), a
 
 
 def gated_down_bwd(
@@ -272,31 +267,31 @@ def gated_down_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns dgate, dup and a, as `ffn_down_bwd`."""
     *results, _ = _down_bwd(
-        dy, w_down, gate, up, None, None, activation, 0.0, need_dgate, need_dup, False, need_a
+        dy, w_down, gate, up, None, activation, 0.0, need_dgate, need_dup, False, need_a
     )
     return tuple(results)
 
 
-def _down_bwd(dy, w, h, hu, bias, seed, activation, dropout_p, need_dh, need_dhu, need_db, need_a):
-    (M, K), N, gated = dy.shape, w.shape[1], hu is not None
-    new = lambda needed: h.new_empty((M, N) if needed else (0,))
-    dh, dhu, a = new(need_dh), new(need_dhu), new(need_a)
+def _down_bwd(dy, w, z, u, seed, activation, dropout_p, need_dz, need_du, need_db, need_a):
+    (M, K), N, gated = dy.shape, w.shape[1], u is not None
+    new = lambda needed: z.new_empty((M, N) if needed else (0,))
+    dz, du, a = new(need_dz), new(need_du), new(need_a)
     config = matmul_config("gated_down" if gated else "down", dy.device)
     rows = ceil_div(M, config.block_m)
-    partial = h.new_empty((rows, N) if need_db else (0,), dtype=torch.float32)
+    partial = z.new_empty((rows, N) if need_db else (0,), dtype=torch.float32)
     if M * N == 0:
-        return dh, dhu, a, partial
-    dy, w, h, hu = map(_unit_stride, (dy, w, h, hu))
+        return dz, du, a, partial
+    dy, w, z, u = map(_unit_stride, (dy, w, z, u))
     m, n, k, part = config.block_m, config.block_n, config.block_k, config.part
-    inputs = _described(config, (dy, m, k), (w, k, n), (h, m, part), (hu, m, part))
-    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (dh, dhu, a)))
+    inputs = _described(config, (dy, m, k), (w, k, n), (z, m, part), (u, m, part))
+    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (dz, du, a)))
     threshold, scale = dropout_args(dropout_p)
     _ffn_down_bwd_kernel[_grid(config, M, N, dy.device)](
-        *inputs, bias, seed, *outputs, partial if need_db else None, dy.stride(0), w.stride(0),
-        h.stride(0), hu.stride(0) if gated else 0, M, N, K, threshold, scale,
+        *inputs, seed, *outputs, partial if need_db else None, dy.stride(0), w.stride(0),
+        z.stride(0), u.stride(0) if gated else 0, M, N, K, threshold, scale,
         GATED=gated, ACTIVATION=activation, **config.options(),
     )  # fmt: skip
-    return dh, dhu, a, partial
+    return dz, du, a, partial
 
 
 def _unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -309,8 +304,8 @@ def _grid(config: MatmulConfig, M: int, N: int, device: torch.device) -> tuple[i
 
 
 def _described(config: MatmulConfig, *blocks) -> list:
-    """(descriptor, matrix) for each (matrix or None, rows, columns of a tile); no descriptors if one
-    of the matrices is not aligned as they ask."""
+    """(descriptor, matrix) for each (matrix or None, rows, columns of a tile); no descriptors if
+    one of the matrices is not aligned as they ask."""
     use = config.tma and all(x is None or _is_aligned(x) for x, _, _ in blocks)
     pairs = []
     for x, *block in blocks:

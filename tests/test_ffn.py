@@ -504,6 +504,8 @@ def test_ffn_compiles_fullgraph(op, dynamic, impl, device):
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
     assert all_equal(actual, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(*leaves), run(*leaves))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -1,6 +1,8 @@
 """Contracts of bias_act and glu, and the autograd functions over them.
 
-The last input of each function is the backend whose contracts it calls.
+The last input of each function but `way` is the backend whose contracts it calls. `forward` names
+its inputs one by one: where nothing takes a gradient, torch.compile tells by their number that it
+has no `ctx`.
 """
 
 from __future__ import annotations
@@ -112,10 +114,9 @@ class BiasAct(torch.autograd.Function):
     """(x, bias, seed, activation, dropout_p, impl) -> y."""
 
     @staticmethod
-    def forward(*inputs):
-        x, *rest, impl = inputs
+    def forward(x, bias, seed, activation, dropout_p, impl):
         forward, _ = _BIAS_ACT[impl]
-        return in_shape(forward(as_rows(x), *rest), x.shape)
+        return in_shape(forward(as_rows(x), bias, seed, activation, dropout_p), x.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -151,8 +152,7 @@ class Glu(torch.autograd.Function):
     """(gate, up, activation, impl) -> y."""
 
     @staticmethod
-    def forward(*inputs):
-        gate, up, activation, impl = inputs
+    def forward(gate, up, activation, impl):
         forward, _ = _GLU[impl]
         return in_shape(forward(as_rows(gate), as_rows(up), activation), gate.shape)
 
@@ -182,96 +182,103 @@ def _glu_reference(inputs, kept, options):
 
 
 class Ffn(torch.autograd.Function):
-    """(x, w1, b1, w2, b2, seed, activation, dropout_p, keep, impl, way) -> (y, h), or (y,) without
+    """(x, w1, b1, w2, b2, seed, activation, dropout_p, keep, impl, way) -> (y, z), or (y,) without
     `keep`.
 
-    The weights have x's dtype. Saves x where w1 trains, and h = x w1^T with `keep`, else x to
-    compute it again; h is an output so that gradients of gradients reach x through it. `way`: see
-    _ffn_matmul.py.
+    The weights have x's dtype. Saves x where w1 trains, and z = x w1^T + b1 with `keep`, else x to
+    compute it again; z is an output so that gradients of gradients reach x through it. With b1 in
+    it z keeps its sign when it is rounded, and relu its derivative. `way`: see _ffn_matmul.py.
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, w1, b1, w2, b2, *call, keep, impl, way = inputs
-        a, *h = _ffn_hidden(impl, way, as_rows(x), w1, b1, *call, keep)
-        y = F.linear(a, w2, None if b2 is None else b2.to(a.dtype))
-        return in_shape(y, (*x.shape[:-1], w2.shape[0])), *h
+    def forward(x, w1, b1, w2, b2, seed, activation, dropout_p, keep, impl, way):
+        a, *z = _ffn_hidden(impl, way, as_rows(x), w1, b1, seed, activation, dropout_p, keep)
+        y = _linear(a, w2, b2)
+        return in_shape(y, (*x.shape[:-1], w2.shape[0])), *z
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w1, b1, w2, b2, seed, activation, dropout_p, keep, ctx.impl, ctx.way = inputs
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        need_h = need_x or need_w1 or need_b1 or need_w2
+        need_z = need_x or need_w1 or need_b1 or need_w2
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.options = x.shape, (activation, dropout_p)
         ctx.b2_dtype = b2.dtype if need_b2 else None
         ctx.save_for_backward(
-            x if need_w1 or (need_h and not keep) else None,
-            output[1] if need_h and keep else None,
+            x if need_w1 or (need_z and not keep) else None,
+            output[1] if need_z and keep else None,
             w1, b1, w2, seed,
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx, dy, dh=None):
-        x, h, w1, b1, w2, seed = ctx.saved_tensors
+    def backward(ctx, dy, dz=None):
+        x, z, w1, b1, w2, seed = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         needs = need_x or need_w1, need_b1, need_w2
         x = None if x is None else as_rows(x)
-        dx = dw1 = db1 = dw2 = db2 = None
+        dx = dw1 = dw2 = db2 = None
+        db1 = dz.sum(0, dtype=b1.dtype) if need_b1 and dz is not None else None
         if dy is not None:
             dy = as_rows(dy)
             if any(needs):
-                h = _ffn_product(ctx.way, x, w1, ctx.options[0]) if h is None else h
+                z = _ffn_product(ctx.way, x, w1, b1, ctx.options[0]) if z is None else z
+                # z holds b1: what is differentiated is one of zeros beside it.
+                zeros = torch.zeros_like(b1) if need_b1 else None
                 tail = gradients(
                     partial(_ffn_tail_gradients, ctx.impl, ctx.way), _ffn_tail_reference, (dy,),
-                    (h, b1, w2), (seed,), ctx.options, needs,
+                    (z, zeros, w2), (seed,), ctx.options, needs,
                 )  # fmt: skip
-                dh, db1, dw2 = _sum(dh, tail[0]), *tail[1:]
+                dz, db1, dw2 = _sum(dz, tail[0]), _sum(db1, tail[1]), tail[2]
             db2 = dy.sum(0, dtype=ctx.b2_dtype) if need_b2 else None
-        if dh is not None:
-            dx = (dh @ w1).view(ctx.shape) if need_x else None
-            dw1 = dh.t() @ x if need_w1 else None
+        if dz is not None:
+            dx = (dz @ w1).view(ctx.shape) if need_x else None
+            dw1 = dz.t() @ x if need_w1 else None
         return dx, dw1, db1, dw2, db2, *[None] * 6
 
 
+def _linear(x, weight, bias):
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def _ffn_hidden(impl, way, x, w1, b1, seed, activation, dropout_p, keep):
-    """(dropout(activation(x w1^T + b1)), x w1^T), the first alone without `keep`."""
+    """(dropout(activation(z)), z = x w1^T + b1), the first alone without `keep`."""
     if way == "epilogue":
-        h, a = ffn_up(x, w1, b1, seed, activation, dropout_p, keep, True)
+        z, a = ffn_up(x, w1, b1, seed, activation, dropout_p, keep, True)
     elif way == "cublaslt":
         return (library_up(x, w1, b1, activation),)
     else:
         forward, _ = _BIAS_ACT[impl]
-        h = F.linear(x, w1)
-        a = forward(h, b1, seed, activation, dropout_p)
-    return (a, h) if keep else (a,)
+        z = _linear(x, w1, b1)
+        a = forward(z, None, seed, activation, dropout_p)
+    return (a, z) if keep else (a,)
 
 
-def _ffn_product(way, x, w1, activation):
-    """x w1^T, with the bits that `_ffn_hidden` gives it."""
+def _ffn_product(way, x, w1, b1, activation):
+    """x w1^T + b1, with the bits that `_ffn_hidden` gives it."""
     if way == "epilogue" and not in_create_graph():
-        return ffn_up(x, w1, None, None, activation, 0.0, True, False)[0]
-    return F.linear(x, w1)
+        return ffn_up(x, w1, b1, None, activation, 0.0, True, False)[0]
+    return _linear(x, w1, b1)
 
 
 def _ffn_tail_gradients(impl, way, incoming, inputs, kept, options, needs):
-    """Of h, b1 and w2 in dropout(activation(h + b1)) w2^T."""
-    (dy,), (h, b1, w2), (seed,) = incoming, inputs, kept
-    need_h, need_b1, need_w2 = needs
+    """Of z, zeros and w2 in dropout(activation(z + zeros)) w2^T."""
+    (dy,), (z, zeros, w2), (seed,) = incoming, inputs, kept
+    need_z, need_b1, need_w2 = needs
     forward, backward = _BIAS_ACT[impl]
-    dh = db1 = None
-    if not (need_h or need_b1):
-        a = forward(h, b1, seed, *options)
+    dz = db1 = None
+    if not (need_z or need_b1):
+        a = forward(z, None, seed, *options)
     elif way == "epilogue":
-        dh, db1, a = ffn_down_bwd(dy, w2, h, b1, seed, *options, *needs)
+        db1_dtype = zeros.dtype if need_b1 else None
+        dz, db1, a = ffn_down_bwd(dy, w2, z, seed, *options, need_z, db1_dtype, need_w2)
     else:
-        dh, db1, a = backward(dy @ w2, h, b1, seed, *options, *needs)
-    return dh if need_h else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
+        dz, db1, a = backward(dy @ w2, z, zeros, seed, *options, *needs)
+    return dz if need_z else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
 
 
 def _ffn_tail_reference(inputs, kept, options):
-    h, b1, w2 = inputs
-    return (F.linear(*_bias_act_reference((h, b1), kept, options), w2),)
+    z, zeros, w2 = inputs
+    return (F.linear(*_bias_act_reference((z, zeros), kept, options), w2),)
 
 
 class GatedFfn(torch.autograd.Function):
@@ -282,8 +289,7 @@ class GatedFfn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, w_gate, w_up, w_down, activation, keep, impl, way = inputs
+    def forward(x, w_gate, w_up, w_down, activation, keep, impl, way):
         a, *products = _gated_hidden(impl, way, as_rows(x), w_gate, w_up, activation, keep)
         y = F.linear(a, w_down)
         return in_shape(y, (*x.shape[:-1], w_down.shape[0])), *products

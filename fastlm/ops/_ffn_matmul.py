@@ -23,9 +23,9 @@ def _empty(like: torch.Tensor, needed: bool, *shape) -> torch.Tensor:
     return like.new_empty(shape if needed else (0,))
 
 
-def _ffn_up_fake(x, w1, b1, seed, activation, dropout_p, need_h, need_a):
+def _ffn_up_fake(x, w1, b1, seed, activation, dropout_p, need_z, need_a):
     shape = x.shape[0], w1.shape[0]
-    return _empty(x, need_h, *shape), _empty(x, need_a, *shape)
+    return _empty(x, need_z, *shape), _empty(x, need_a, *shape)
 
 
 @contract(_ffn_up_fake)
@@ -36,21 +36,19 @@ def ffn_up(
     seed: torch.Tensor | None,
     activation: str,
     dropout_p: float,
-    need_h: bool,
+    need_z: bool,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fastlm.kernels import ffn_matmul
 
-    return ffn_matmul.ffn_up(x, w1, b1, seed, activation, dropout_p, need_h, need_a)
+    return ffn_matmul.ffn_up(x, w1, b1, seed, activation, dropout_p, need_z, need_a)
 
 
-def _ffn_down_bwd_fake(
-    dy, w2, h, b1, seed, activation, dropout_p, need_dh, need_db1, need_a
-):  # fmt: skip
+def _ffn_down_bwd_fake(dy, w2, z, seed, activation, dropout_p, need_dz, db1_dtype, need_a):
     return (
-        _empty(h, need_dh, *h.shape),
-        _empty(b1 if need_db1 else h, need_db1, h.shape[1]),
-        _empty(h, need_a, *h.shape),
+        _empty(z, need_dz, *z.shape),
+        _empty(z, db1_dtype is not None, z.shape[1]).to(db1_dtype or z.dtype),
+        _empty(z, need_a, *z.shape),
     )
 
 
@@ -58,25 +56,24 @@ def _ffn_down_bwd_fake(
 def ffn_down_bwd(
     dy: torch.Tensor,
     w2: torch.Tensor,
-    h: torch.Tensor,
-    b1: torch.Tensor | None,
+    z: torch.Tensor,
     seed: torch.Tensor | None,
     activation: str,
     dropout_p: float,
-    need_dh: bool,
-    need_db1: bool,
+    need_dz: bool,
+    db1_dtype: torch.dtype | None,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastlm.kernels import ffn_matmul
 
     return ffn_matmul.ffn_down_bwd(
-        dy, w2, h, b1, seed, activation, dropout_p, need_dh, need_db1, need_a
+        dy, w2, z, seed, activation, dropout_p, need_dz, db1_dtype, need_a
     )
 
 
-def _gated_up_fake(x, w_gate, w_up, activation, need_h, need_a):
+def _gated_up_fake(x, w_gate, w_up, activation, need_products, need_a):
     shape = x.shape[0], w_gate.shape[0]
-    return tuple(_empty(x, needed, *shape) for needed in (need_h, need_h, need_a))
+    return tuple(_empty(x, needed, *shape) for needed in (need_products, need_products, need_a))
 
 
 @contract(_gated_up_fake)
@@ -85,12 +82,12 @@ def gated_up(
     w_gate: torch.Tensor,
     w_up: torch.Tensor,
     activation: str,
-    need_h: bool,
+    need_products: bool,
     need_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastlm.kernels import ffn_matmul
 
-    return ffn_matmul.gated_up(x, w_gate, w_up, activation, need_h, need_a)
+    return ffn_matmul.gated_up(x, w_gate, w_up, activation, need_products, need_a)
 
 
 def _gated_down_bwd_fake(dy, w_down, gate, up, activation, need_dgate, need_dup, need_a):
@@ -110,9 +107,7 @@ def gated_down_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastlm.kernels import ffn_matmul
 
-    return ffn_matmul.gated_down_bwd(
-        dy, w_down, gate, up, activation, need_dgate, need_dup, need_a
-    )
+    return ffn_matmul.gated_down_bwd(dy, w_down, gate, up, activation, need_dgate, need_dup, need_a)
 
 
 def choose_way(

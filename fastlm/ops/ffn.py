@@ -111,7 +111,7 @@ def ffn(
 
     The matrix products are torch's, and bias, activation and dropout one kernel between them; or,
     where that was measured to be faster, they are in the products' epilogues (`fastlm.explain` says
-    which). The backward pass keeps x and x w1^T, with `recompute` x alone; frozen weights cost
+    which). The backward pass keeps x and x w1^T + b1, with `recompute` x alone; frozen weights cost
     nothing.
 
     Args:
