@@ -450,12 +450,21 @@ _MATMUL = {
 }
 
 
-def matmul_config(which: str, device: torch.device) -> MatmulConfig:
-    """The configuration of a product with an epilogue: "up", "gated_up", "down" or "gated_down",
-    the last two in the backward pass."""
+# Where rows are not aligned to 16 bytes: loads of single elements take registers for addresses.
+_MATMUL_NARROW = (64, 64, 32, 4, 2, 2, 2)
+
+
+def matmul_config(which: str, device: torch.device, aligned: bool) -> MatmulConfig:
+    """The configuration of a product with an epilogue.
+
+    Args:
+        which: "up", "gated_up", "down" or "gated_down", the last two in the backward pass.
+        aligned: rows of all its matrices are, to 16 bytes.
+    """
     name = target(device)
-    m, n, k, warps, stages, slices, programs = _MATMUL[name][which]
-    tma = name in ("sm_90", "sm_100", "cpu")
+    row = _MATMUL[name][which] if aligned or name == "cpu" else _MATMUL_NARROW
+    m, n, k, warps, stages, slices, programs = row
+    tma = aligned and name in ("sm_90", "sm_100", "cpu")
     return MatmulConfig(m, n, k, warps, stages, slices, programs, tma=tma)
 
 

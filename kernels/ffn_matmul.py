@@ -220,10 +220,12 @@ def _up(x, w, w_up, bias, seed, activation, dropout_p, need_z, need_a):
     if M * N == 0:
         return z, u, a
     x, w, w_up = _unit_stride(x), _unit_stride(w), _unit_stride(w_up)
-    config = matmul_config("gated_up" if gated else "up", x.device)
+    outputs = [t if t.numel() else None for t in (z, u, a)]
+    aligned = _are_aligned(x, w, w_up, *outputs)
+    config = matmul_config("gated_up" if gated else "up", x.device, aligned)
     m, n, k, part = config.block_m, config.block_n, config.block_k, config.part
     inputs = _described(config, (x, m, k), (w, n, k), (w_up, n, k))
-    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (z, u, a)))
+    outputs = _described(config, *((t, m, part) for t in outputs))
     threshold, scale = dropout_args(dropout_p)
     _ffn_up_kernel[_grid(config, M, N, x.device)](
         *inputs, bias, seed, *outputs, x.stride(0), w.stride(0),
@@ -276,15 +278,17 @@ def _down_bwd(dy, w, z, u, seed, activation, dropout_p, need_dz, need_du, need_d
     (M, K), N, gated = dy.shape, w.shape[1], u is not None
     new = lambda needed: z.new_empty((M, N) if needed else (0,))
     dz, du, a = new(need_dz), new(need_du), new(need_a)
-    config = matmul_config("gated_down" if gated else "down", dy.device)
+    dy, w, z, u = map(_unit_stride, (dy, w, z, u))
+    outputs = [t if t.numel() else None for t in (dz, du, a)]
+    aligned = _are_aligned(dy, w, z, u, *outputs)
+    config = matmul_config("gated_down" if gated else "down", dy.device, aligned)
     rows = ceil_div(M, config.block_m)
     partial = z.new_empty((rows, N) if need_db else (0,), dtype=torch.float32)
     if M * N == 0:
         return dz, du, a, partial
-    dy, w, z, u = map(_unit_stride, (dy, w, z, u))
     m, n, k, part = config.block_m, config.block_n, config.block_k, config.part
     inputs = _described(config, (dy, m, k), (w, k, n), (z, m, part), (u, m, part))
-    outputs = _described(config, *((t if t.numel() else None, m, part) for t in (dz, du, a)))
+    outputs = _described(config, *((t, m, part) for t in outputs))
     threshold, scale = dropout_args(dropout_p)
     _ffn_down_bwd_kernel[_grid(config, M, N, dy.device)](
         *inputs, seed, *outputs, partial if need_db else None, dy.stride(0), w.stride(0),
@@ -304,13 +308,11 @@ def _grid(config: MatmulConfig, M: int, N: int, device: torch.device) -> tuple[i
 
 
 def _described(config: MatmulConfig, *blocks) -> list:
-    """(descriptor, matrix) for each (matrix or None, rows, columns of a tile); no descriptors if
-    one of the matrices is not aligned as they ask."""
-    use = config.tma and all(x is None or _is_aligned(x) for x, _, _ in blocks)
+    """(descriptor or None, matrix) for each (matrix or None, rows, columns of a tile)."""
     pairs = []
     for x, *block in blocks:
         descriptor = None
-        if use and x is not None:
+        if config.tma and x is not None:
             # The stride of a single row means nothing, but has to be aligned.
             stride = x.stride(0) if x.shape[0] > 1 else ceil_div(x.shape[1], 8) * 8
             descriptor = TensorDescriptor(x, list(x.shape), [stride, 1], block)
@@ -318,7 +320,12 @@ def _described(config: MatmulConfig, *blocks) -> list:
     return pairs
 
 
-def _is_aligned(x: torch.Tensor) -> bool:
-    unit = 16 // x.element_size()
-    stride = x.stride(0) if x.shape[0] > 1 else unit
-    return x.data_ptr() % 16 == 0 and stride % unit == 0 and stride > 0 and x.numel() > 0
+def _are_aligned(*matrices: torch.Tensor | None) -> bool:
+    """Whether the rows of all are as tensor descriptors ask: none of them empty or repeated."""
+    for x in matrices:
+        if x is not None:
+            unit = 16 // x.element_size()
+            stride = x.stride(0) if x.shape[0] > 1 else unit
+            if x.numel() == 0 or x.data_ptr() % 16 or stride % unit or stride == 0:
+                return False
+    return True

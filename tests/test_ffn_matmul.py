@@ -218,18 +218,20 @@ def test_epilogue_layouts_are_bitwise_equal(op, layout, impl, device):
 
 
 def test_descriptors_are_for_aligned_matrices(impl, device):
-    config = configs.matmul_config("up", torch.device(device))
     x = torch.zeros(40, 64, dtype=torch.float16, device=device)
-    has = lambda *ts: [
-        d is not None for d in ffn_matmul._described(config, *((t, 16, 16) for t in ts))[::2]
-    ]
-    if not config.tma:
-        assert has(x) == [False]
-        return
-    assert has(x, None, x) == [True, False, True]
-    assert has(x[:, :24], x[1:], x[:1]) == [True, True, True]
-    for bad in (x[:, 1:], x.view(-1)[: 39 * 65].view(39, 65), x[:1].expand(40, 64), x[:0]):
-        assert has(x, bad) == [False, False]
+    for good in (x, None, x[:, :24], x[:, 8:], x[1:], x[:1], x[:1, :3]):
+        assert ffn_matmul._are_aligned(x, good)
+    odd = x.view(-1)[: 39 * 65].view(39, 65)
+    for bad in (x[:, 1:], odd, x[:1].expand(40, 64), x[:0]):
+        assert not ffn_matmul._are_aligned(x, bad)
+
+
+def test_unaligned_matrices_take_narrow_tiles(impl, device, monkeypatch):
+    for name in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        monkeypatch.setattr(configs, "target", lambda device, name=name: name)
+        wide, narrow = (configs.matmul_config("up", torch.device("cpu"), a) for a in (True, False))
+        assert wide.block_m * wide.block_n > narrow.block_m * narrow.block_n and not narrow.tma
+        assert wide.tma == (name in ("sm_90", "sm_100"))
 
 
 @pytest.mark.parametrize("op", OPS)
