@@ -422,8 +422,9 @@ class MatmulConfig:
         }
 
 
-# target -> product -> (block_m, block_n, block_k, num_warps, num_stages, slices, programs). Chosen
-# by compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
+# target -> product -> the first fields of its `MatmulConfig`: block_m, block_n, block_k, num_warps,
+# num_stages, slices, programs; group and flatten where they are not the default. Chosen by
+# compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
 # one multiplies during the other's epilogue. Not timed yet.
 _MATMUL = {
     "sm_80": {
@@ -463,9 +464,7 @@ def matmul_config(which: str, device: torch.device, aligned: bool) -> MatmulConf
     """
     name = target(device)
     row = _MATMUL[name][which] if aligned or name == "cpu" else _MATMUL_NARROW
-    m, n, k, warps, stages, slices, programs = row
-    tma = aligned and name in ("sm_90", "sm_100", "cpu")
-    return MatmulConfig(m, n, k, warps, stages, slices, programs, tma=tma)
+    return MatmulConfig(*row, tma=aligned and name in ("sm_90", "sm_100", "cpu"))
 
 
 # (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
