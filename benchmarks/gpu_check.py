@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -174,6 +175,7 @@ def smallest(device: str = "cuda") -> None:
     import torch
 
     import fastlm
+    from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
     t, both = _calls("triton", device)
     for cols in (33, 8200):
@@ -199,6 +201,13 @@ def smallest(device: str = "cuda") -> None:
     both(fastlm.glu, t(3, 33), t(3, 33))
     both(fastlm.ffn, t(3, 32), t(65, 32), t(65), t(32, 65), t(32), dropout_p=0.5, seed=1)
     both(fastlm.gated_ffn, t(3, 32), t(65, 32), t(65, 32), t(32, 65))
+    for hidden in (65, 136):  # through pointers, and through descriptors
+        weights = t(hidden, 32), t(hidden), t(32, hidden), t(32)
+        call = {"activation": "gelu", "dropout_p": 0.5, "seed": 1, "recompute": False}
+        both(functools.partial(ffn_by, "epilogue"), t(3, 32), *weights, **call)
+        weights = t(hidden, 32), t(hidden, 32), t(32, hidden)
+        call = {"activation": "silu", "recompute": False}
+        both(functools.partial(gated_ffn_by, "epilogue"), t(3, 32), *weights, **call)
     target = torch.tensor([0, -100, 300], device=device)
     both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
     ids = torch.randint(0, 2, (7, 33), device=device)

@@ -419,6 +419,105 @@ def decode_config(
     return AttentionConfig(block_m, block_n, warps, stages), max(splits, 1)
 
 
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tiles of `block_m` rows by `block_n` columns, summed `block_k` products at a time.
+
+    group: rows of tiles that are in work together. slices: the epilogue's pieces of a tile.
+    programs: on a multiprocessor. flatten: the loop over tiles and the one over products are one
+    pipeline, which loads the next tile during an epilogue. tma: as in `AttentionConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int = 1
+    programs: int = 1
+    group: int = 8
+    flatten: bool = False
+    tma: bool = False
+
+    @property
+    def part(self) -> int:
+        """Columns of a slice."""
+        return self.block_n // self.slices
+
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "SLICES": self.slices,
+            "FLATTEN": self.flatten,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# target -> product -> the first fields of its `MatmulConfig`: block_m, block_n, block_k, num_warps,
+# num_stages, slices, programs; group and flatten where they are not the default. Chosen by
+# compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
+# one multiplies during the other's epilogue. Not timed yet.
+_MATMUL = {
+    "sm_80": {
+        "up": (128, 128, 32, 8, 3, 4, 1),
+        "gated_up": (128, 64, 32, 4, 3, 4, 2),
+        "down": (128, 128, 32, 8, 3, 4, 1),
+        "gated_down": (128, 128, 32, 8, 3, 4, 1),
+    },
+    "sm_90": {
+        "up": (128, 128, 64, 4, 3, 4, 2),
+        "gated_up": (128, 64, 64, 4, 3, 2, 2),
+        "down": (128, 128, 64, 4, 3, 8, 2),
+        "gated_down": (128, 128, 64, 4, 3, 8, 2),
+    },
+    "sm_100": {
+        "up": (128, 128, 64, 4, 3, 4, 2),
+        "gated_up": (128, 64, 64, 4, 3, 4, 2),
+        "down": (128, 64, 64, 4, 3, 8, 2),
+        "gated_down": (128, 64, 64, 4, 3, 8, 2),
+    },
+    "gfx942": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (128, 64, 32, 4, 2, 4, 2)),
+    # The interpreter: several tiles in both directions, and programs that take more than one.
+    "cpu": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (16, 32, 16, 4, 1, 2, 1)),
+}
+
+
+# Where rows are not aligned to 16 bytes: loads of single elements take registers for addresses.
+_MATMUL_NARROW = (64, 64, 32, 4, 2, 2, 2)
+
+
+def matmul_config(which: str, device: torch.device, aligned: bool) -> MatmulConfig:
+    """The configuration of a product with an epilogue.
+
+    Args:
+        which: "up", "gated_up", "down" or "gated_down", the last two in the backward pass.
+        aligned: rows of all its matrices are, to 16 bytes.
+    """
+    name = target(device)
+    row = _MATMUL[name][which] if aligned or name == "cpu" else _MATMUL_NARROW
+    return MatmulConfig(*row, tma=aligned and name in ("sm_90", "sm_100", "cpu"))
+
+
+# (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
+# least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits
+# into holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): every call goes by "cublas".
+_FFN_WAYS: dict[tuple[str, str, bool], tuple[tuple[int, int, int, str], ...]] = {}
+
+
+def ffn_way(name: str, op: str, keep: bool, rows: int, dim: int, hidden_dim: int) -> str:
+    """The way that the products of a feed-forward layer go, on the target `name`."""
+    for least_rows, least_hidden, most_dim, way in _FFN_WAYS.get((name, op, keep), ()):
+        if rows >= least_rows and hidden_dim >= least_hidden and dim <= most_dim:
+            return way
+    return "cublas"
+
+
 @functools.cache
 def bucket_starts(num_buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
     """The least |key - query| of each `RelativeBias` bucket of one side, but the first.

@@ -427,7 +427,7 @@ class _CountProducts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        products = ("mm", "addmm", "bmm", "matmul", "linear")
+        products = ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
         self.count += func.overloadpacket.__name__ in products
         return func(*args, **(kwargs or {}))
 
@@ -507,6 +507,8 @@ def test_ffn_compiles_fullgraph(op, dynamic, impl, device):
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
     assert all_equal(actual, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(*leaves), run(*leaves))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

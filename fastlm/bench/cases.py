@@ -53,46 +53,19 @@ def ffn_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator
     one kernel that is fastlm's own."""
     table = shapes.FFN_LARGE if device.type == "cuda" else shapes.FFN_CPU
     for name, s in _first(table, quick):
-        # Scaled as initialised weights are, so that the hidden values have size 1.
-        matrix = lambda rows, cols, seed: randn(
-            rows, cols, dtype=dtype, device=device, seed=seed, scale=cols**-0.5
-        )
-        x = randn(s.rows, s.dim, dtype=dtype, device=device, seed=1)
-        vector = lambda n, seed: randn(n, dtype=dtype, device=device, seed=seed)
-        product = 2 * s.rows * s.dim * s.hidden_dim
-        size = f"{s.rows}x{s.dim}x{s.hidden_dim}"
-        tensors = {
-            "x": x,
-            "w1": matrix(s.hidden_dim, s.dim, 2), "b1": vector(s.hidden_dim, 3),
-            "w2": matrix(s.dim, s.hidden_dim, 4), "b2": vector(s.dim, 5),
-        }  # fmt: skip
-        yield make_case(
-            "ffn", f"{name}/gelu {size}", "ffn", tensors, {"activation": "gelu"},
-            lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
-            Work("TFLOP/s", 2 * product, 4 * product),
-        )  # fmt: skip
+        yield ffn_case(name, s, "gelu", device, dtype)
         if quick:
             continue
-        tensors = {
-            "x": x,
-            "w_gate": matrix(s.hidden_dim, s.dim, 2), "w_up": matrix(s.hidden_dim, s.dim, 3),
-            "w_down": matrix(s.dim, s.hidden_dim, 4),
-        }  # fmt: skip
-        yield make_case(
-            "ffn", f"{name}/gated_silu {size}", "gated_ffn", tensors, {"activation": "silu"},
-            lambda x, w_gate, w_up, w_down: F.linear(
-                F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down
-            ),
-            Work("TFLOP/s", 3 * product, 6 * product),
-        )  # fmt: skip
+        yield gated_case(name, s, "silu", device, dtype)
         hidden = lambda seed, s=s: randn(
             s.rows, s.hidden_dim, dtype=dtype, device=device, seed=seed
         )
         moved = s.rows * s.hidden_dim * dtype.itemsize
         size = f"{s.rows}x{s.hidden_dim}"
+        bias = randn(s.hidden_dim, dtype=dtype, device=device, seed=3)
         yield make_case(
             "ffn", f"{name}/bias_gelu {size}", "bias_act",
-            {"x": hidden(2), "bias": vector(s.hidden_dim, 3)}, {"activation": "gelu"},
+            {"x": hidden(2), "bias": bias}, {"activation": "gelu"},
             lambda x, bias: F.gelu(x + bias),
             Work("GB/s", 2 * moved, 3 * moved),
         )  # fmt: skip
@@ -101,6 +74,72 @@ def ffn_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator
             {"activation": "silu"}, lambda gate, up: F.silu(gate) * up,
             Work("GB/s", 3 * moved, 5 * moved),
         )  # fmt: skip
+
+
+def ffn_case(
+    name: str,
+    s: shapes.FfnShape,
+    activation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    infer: bool = False,
+) -> Case:
+    """A feed-forward block with biases; with `infer` nothing takes a gradient."""
+    vector = lambda n, seed: randn(n, dtype=dtype, device=device, seed=seed)
+    tensors = {
+        "x": randn(s.rows, s.dim, dtype=dtype, device=device, seed=1),
+        "w1": _matrix(s.hidden_dim, s.dim, device, dtype, 2),
+        "b1": vector(s.hidden_dim, 3),
+        "w2": _matrix(s.dim, s.hidden_dim, device, dtype, 4),
+        "b2": vector(s.dim, 5),
+    }
+    product = 2 * s.rows * s.dim * s.hidden_dim
+    act = _ACTIVATIONS[activation]
+    return make_case(
+        "ffn", f"{name}/{activation}{'_infer' if infer else ''} {_ffn_size(s)}", "ffn", tensors,
+        {"activation": activation},
+        lambda x, w1, b1, w2, b2: F.linear(act(F.linear(x, w1, b1)), w2, b2),
+        Work("TFLOP/s", 2 * product, 4 * product), frozen=frozenset(tensors if infer else ()),
+    )  # fmt: skip
+
+
+def gated_case(
+    name: str, s: shapes.FfnShape, activation: str, device: torch.device, dtype: torch.dtype
+) -> Case:
+    """A gated feed-forward block."""
+    tensors = {
+        "x": randn(s.rows, s.dim, dtype=dtype, device=device, seed=1),
+        "w_gate": _matrix(s.hidden_dim, s.dim, device, dtype, 2),
+        "w_up": _matrix(s.hidden_dim, s.dim, device, dtype, 3),
+        "w_down": _matrix(s.dim, s.hidden_dim, device, dtype, 4),
+    }
+    product = 2 * s.rows * s.dim * s.hidden_dim
+    act = _ACTIVATIONS[activation]
+    return make_case(
+        "ffn", f"{name}/gated_{activation} {_ffn_size(s)}", "gated_ffn", tensors,
+        {"activation": activation},
+        lambda x, w_gate, w_up, w_down: F.linear(
+            act(F.linear(x, w_gate)) * F.linear(x, w_up), w_down
+        ),
+        Work("TFLOP/s", 3 * product, 6 * product),
+    )  # fmt: skip
+
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def _matrix(rows: int, cols: int, device, dtype, seed: int) -> torch.Tensor:
+    """Scaled as initialised weights are, so that what it gives has size 1."""
+    return randn(rows, cols, dtype=dtype, device=device, seed=seed, scale=cols**-0.5)
+
+
+def _ffn_size(s: shapes.FfnShape) -> str:
+    return f"{s.rows}x{s.dim}x{s.hidden_dim}"
 
 
 def loss_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:

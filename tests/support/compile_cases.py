@@ -5,12 +5,14 @@ Names with `-aligned` promise 128-bit loads; the rules are `broken_rules` in com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 import fastlm
+from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -218,6 +220,16 @@ def ffn() -> Iterator[Case]:
 
         return Case(f"ffn-{dtype}-{op}-aligned", run)
 
+    def epilogue(op, label, dtype, dim, hidden, *targets, **options):
+        def run():
+            shapes = {ffn_by: [(hidden, dim), (hidden,), (dim, hidden), (dim,)]}
+            shapes[gated_ffn_by] = [(hidden, dim), (hidden, dim), (dim, hidden)]
+            x, *params = (tensor(*s, dtype=DTYPES[dtype]) for s in [(4096, dim), *shapes[op]])
+            forced = functools.partial(op, "epilogue")
+            forward_backward(forced, x, *params, recompute=False, **options)
+
+        return Case(f"ffn-{dtype}-epilogue-{label}", run, targets)
+
     yield bias_act("gelu", "bf16", 3072)
     yield bias_act("gelu", "bf16", 3072, dropout_p=0.1, seed=1)
     yield bias_act("gelu_tanh", "fp16", 3072)
@@ -226,6 +238,12 @@ def ffn() -> Iterator[Case]:
     yield glu("gelu_tanh", "fp32", 8192)
     yield block("ffn", "bf16", 768, 3072, activation="gelu", dropout_p=0.1, seed=1)
     yield block("gated_ffn", "bf16", 4096, 14336, activation="silu")
+    gelu = {"activation": "gelu", "dropout_p": 0.0, "seed": None}
+    dropped = gelu | {"dropout_p": 0.1, "seed": 1}
+    yield epilogue(ffn_by, "ffn-aligned", "bf16", 768, 3072, **gelu)
+    yield epilogue(ffn_by, "ffn-dropout-aligned", "bf16", 1024, 4096, **dropped)
+    yield epilogue(ffn_by, "ffn-pointers", "fp16", 771, 3077, "sm_80", "sm_90", **dropped)
+    yield epilogue(gated_ffn_by, "gated-aligned", "bf16", 4096, 11008, activation="silu")
 
 
 def loss() -> Iterator[Case]:
