@@ -39,7 +39,7 @@ from fastlm.bench.timing import measure
 from fastlm.kernels import ffn, ffn_matmul
 from fastlm.kernels.configs import (
     AttentionConfig,
-    MatmulConfig,
+    EpilogueConfig,
     RowConfig,
     attention_row,
     next_power_of_2,
@@ -200,7 +200,7 @@ def tune_ffn(args, device: torch.device, dtype: torch.dtype) -> list[str]:
         local = threading.local()  # candidates are compiled by several threads
         answer = lambda original, local=local: lambda *_: local.config
         candidates, results = list(matmul_candidates(part, target(device))), []
-        with patched("ffn_matmul", "matmul_config", answer):
+        with patched("ffn_matmul", "epilogue_config", answer):
 
             def attempt(config, call=call, local=local):
                 local.config = config
@@ -224,7 +224,7 @@ def tune_ffn(args, device: torch.device, dtype: torch.dtype) -> list[str]:
                 time = measure({"": call.run}, device, 0.05)[""].median
                 results.append(Result(config, time, call.flops / time / 1e9, "TFLOP/s"))
         other = measure({"": call.library}, device, 0.2)[""].median
-        place = f"_MATMUL[{target(device)!r}][{part!r}]"
+        place = f"_EPILOGUE[{target(device)!r}][{part!r}]"
         lines.append(f"{part} of dim {dim} by the library and one kernel: {other:.4f} ms")
         lines += [
             f"{place}: {astuple(r.config)[:-1]}  {_source(r, device)}, {r.median_ms:.4f} ms,"
@@ -243,7 +243,7 @@ TILES = (
 )  # fmt: skip
 
 
-def matmul_candidates(part: str, name: str) -> Iterator[MatmulConfig]:
+def matmul_candidates(part: str, name: str) -> Iterator[EpilogueConfig]:
     """Each tile with epilogues of 16 and 32 elements a thread."""
     tma = name in ("sm_90", "sm_100")
     for (m, n, warps, stages, programs), elements in itertools.product(TILES, (16, 32)):
@@ -251,7 +251,7 @@ def matmul_candidates(part: str, name: str) -> Iterator[MatmulConfig]:
             n //= 2
         slices = max(1, m * n // (32 * warps) // elements)
         for flatten in (False, True) if programs == 1 else (False,):
-            yield MatmulConfig(
+            yield EpilogueConfig(
                 m, n, 64 if tma else 32, warps, stages, slices, programs, 8, flatten, tma
             )
 

@@ -118,6 +118,16 @@ def segment_config(units: int, rows: int, cols: int, device: torch.device) -> Ro
     return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
 
 
+def wide_loss_config(cols: int, device: torch.device) -> RowConfig:
+    """Rows of logits that are read twice: few in work at a time, so that they stay in the L2 cache
+    between (one of 128k halves takes 256 KB), with as many loads on their way as registers allow.
+    """
+    name = target(device)
+    widest, warps = {"sm_80": (8192, 32), "gfx942": (8192, 16)}.get(name, (16384, 32))
+    block_n = min(max(next_power_of_2(cols), 16), widest)
+    return RowConfig(1, block_n, max(4, min(block_n * warps // widest, warps)))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: for fp32, what `torch.get_float32_matmul_precision()` asks."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -138,6 +148,108 @@ def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
     ]
     unit = math.gcd(16 // tensors[0].element_size(), *strides)
     return unit, [stride // unit for stride in strides]
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tiles of `block_m` by `block_n`, `block_k` deep; tma: see `AttentionConfig`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# (target, arithmetic) -> the products of a linear loss: "logits" (x by the head), "dx" (gradients
+# by the head) and "dweight" (along rows; it adds to what is in memory). The last has tiles of which
+# two fit on a multiprocessor, so that one's sums travel while the other multiplies. Chosen by
+# compiling; not timed yet.
+_MATMUL = {
+    ("sm_80", "half"): {
+        "logits": (128, 128, 32, 4, 4),
+        "dx": (128, 128, 32, 4, 4),
+        "dweight": (128, 128, 32, 8, 4),
+    },
+    ("sm_90", "half"): {
+        "logits": (128, 256, 64, 8, 4),
+        "dx": (128, 256, 64, 8, 4),
+        "dweight": (128, 128, 64, 4, 3),
+    },
+    ("sm_100", "half"): {
+        "logits": (128, 256, 64, 8, 3),
+        "dx": (128, 256, 64, 8, 3),
+        "dweight": (128, 128, 64, 8, 3),
+    },
+    ("gfx942", "half"): {
+        "logits": (128, 128, 32, 8, 2),
+        "dx": (128, 128, 32, 8, 2),
+        "dweight": (128, 128, 32, 8, 2),
+    },
+}
+_MATMUL_FP32 = {"tf32": (128, 64, 32, 4, 3), "ieee": (64, 64, 16, 4, 2)}
+_MATMUL_NARROW = (64, 64, 32, 4, 2)  # halves that cannot be loaded 16 bytes at a time
+_MATMUL_CPU = (32, 16, 16, 4, 1)  # the interpreter: an odd number of tiles, several in each product
+
+
+def matmul_config(
+    which: str, device: torch.device, dtype: torch.dtype, aligned: bool = True
+) -> MatmulConfig:
+    """The tiles of a product of a linear loss: "logits", "dx" or "dweight".
+
+    aligned: rows of the weight begin at multiples of 16 bytes.
+    """
+    name = target(device)
+    if name == "cpu":
+        return MatmulConfig(*_MATMUL_CPU)
+    if dtype == torch.float32:
+        return MatmulConfig(*_MATMUL_FP32[_arithmetic(name, dtype, 4)])
+    if not aligned and name != "gfx942":
+        return MatmulConfig(*_MATMUL_NARROW)
+    return MatmulConfig(*_MATMUL[name, "half"][which], tma=name in _TMA)
+
+
+def matmul_splits(
+    rows: int, dim: int, depth: int, config: MatmulConfig, device: torch.device
+) -> int:
+    """Parts of a product that is `depth` deep and has few tiles: four tiles a multiprocessor, so
+    that the last ones do not leave most of the device idle, also where few rows are kept."""
+    tiles = ceil_div(rows, config.block_m) * ceil_div(dim, config.block_n)
+    wanted = ceil_div(4 * multiprocessors(device), tiles)
+    return max(1, min(wanted, 8, ceil_div(depth, 8 * config.block_k)))
+
+
+# Logits of one chunk of tokens, in bytes. Every chunk adds to dweight, which is read and written
+# each time: the larger the better, and with the rest it must stay below 512 MB.
+_LOGITS_BYTES = 384 * 10**6
+_MOST_CHUNKS = 8  # a bf16 dweight is rounded once a chunk
+_CHUNK_ROWS_CPU = 32  # the interpreter
+
+
+def row_padding(device: torch.device) -> int:
+    """A multiple of every tile's side along gathered rows, `block_k` of "dweight" included."""
+    return 32 if target(device) == "cpu" else 128
+
+
+def chunk_rows(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a chunk of `linear_cross_entropy`: a multiple of 128, chunks of equal size."""
+    if target(device) == "cpu":
+        return _CHUNK_ROWS_CPU
+    most = max(_LOGITS_BYTES // (vocab * dtype.itemsize), ceil_div(tokens, _MOST_CHUNKS), 128)
+    chunks = ceil_div(tokens, max(most // 128 * 128, 128))
+    return ceil_div(ceil_div(tokens, min(chunks, _MOST_CHUNKS)), 128) * 128
 
 
 @dataclass(frozen=True)
@@ -420,7 +532,7 @@ def decode_config(
 
 
 @dataclass(frozen=True)
-class MatmulConfig:
+class EpilogueConfig:
     """Tiles of `block_m` rows by `block_n` columns, summed `block_k` products at a time.
 
     group: rows of tiles that are in work together. slices: the epilogue's pieces of a tile.
@@ -459,11 +571,11 @@ class MatmulConfig:
         }
 
 
-# target -> product -> the first fields of its `MatmulConfig`: block_m, block_n, block_k, num_warps,
+# target -> product -> the first fields of its `EpilogueConfig`: block_m, block_n, block_k, num_warps,
 # num_stages, slices, programs; group and flatten where they are not the default. Chosen by
 # compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
 # one multiplies during the other's epilogue. Not timed yet.
-_MATMUL = {
+_EPILOGUE = {
     "sm_80": {
         "up": (128, 128, 32, 8, 3, 4, 1),
         "gated_up": (128, 64, 32, 4, 3, 4, 2),
@@ -489,10 +601,10 @@ _MATMUL = {
 
 
 # Where rows are not aligned to 16 bytes: loads of single elements take registers for addresses.
-_MATMUL_NARROW = (64, 64, 32, 4, 2, 2, 2)
+_EPILOGUE_NARROW = (64, 64, 32, 4, 2, 2, 2)
 
 
-def matmul_config(which: str, device: torch.device, aligned: bool) -> MatmulConfig:
+def epilogue_config(which: str, device: torch.device, aligned: bool) -> EpilogueConfig:
     """The configuration of a product with an epilogue.
 
     Args:
@@ -500,8 +612,8 @@ def matmul_config(which: str, device: torch.device, aligned: bool) -> MatmulConf
         aligned: rows of all its matrices are, to 16 bytes.
     """
     name = target(device)
-    row = _MATMUL[name][which] if aligned or name == "cpu" else _MATMUL_NARROW
-    return MatmulConfig(*row, tma=aligned and name in ("sm_90", "sm_100", "cpu"))
+    row = _EPILOGUE[name][which] if aligned or name == "cpu" else _EPILOGUE_NARROW
+    return EpilogueConfig(*row, tma=aligned and name in ("sm_90", "sm_100", "cpu"))
 
 
 # (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,

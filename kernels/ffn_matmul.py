@@ -26,10 +26,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.kernels.configs import (
-    MatmulConfig,
+    EpilogueConfig,
     ceil_div,
     dropout_args,
-    matmul_config,
+    epilogue_config,
     multiprocessors,
 )
 from fastlm.kernels.primitives import activate, dropout_keep
@@ -222,7 +222,7 @@ def _up(x, w, w_up, bias, seed, activation, dropout_p, need_z, need_a):
     x, w, w_up = _unit_stride(x), _unit_stride(w), _unit_stride(w_up)
     outputs = [t if t.numel() else None for t in (z, u, a)]
     aligned = _are_aligned(x, w, w_up, *outputs)
-    config = matmul_config("gated_up" if gated else "up", x.device, aligned)
+    config = epilogue_config("gated_up" if gated else "up", x.device, aligned)
     m, n, k, part = config.block_m, config.block_n, config.block_k, config.part
     inputs = _described(config, (x, m, k), (w, n, k), (w_up, n, k))
     outputs = _described(config, *((t, m, part) for t in outputs))
@@ -281,7 +281,7 @@ def _down_bwd(dy, w, z, u, seed, activation, dropout_p, need_dz, need_du, need_d
     dy, w, z, u = map(_unit_stride, (dy, w, z, u))
     outputs = [t if t.numel() else None for t in (dz, du, a)]
     aligned = _are_aligned(dy, w, z, u, *outputs)
-    config = matmul_config("gated_down" if gated else "down", dy.device, aligned)
+    config = epilogue_config("gated_down" if gated else "down", dy.device, aligned)
     rows = ceil_div(M, config.block_m)
     partial = z.new_empty((rows, N) if need_db else (0,), dtype=torch.float32)
     if M * N == 0:
@@ -302,12 +302,12 @@ def _unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _grid(config: MatmulConfig, M: int, N: int, device: torch.device) -> tuple[int]:
+def _grid(config: EpilogueConfig, M: int, N: int, device: torch.device) -> tuple[int]:
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
     return (min(tiles, config.programs * multiprocessors(device)),)
 
 
-def _described(config: MatmulConfig, *blocks) -> list:
+def _described(config: EpilogueConfig, *blocks) -> list:
     """(descriptor or None, matrix) for each (matrix or None, rows, columns of a tile)."""
     pairs = []
     for x, *block in blocks:

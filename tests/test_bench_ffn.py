@@ -82,14 +82,14 @@ def test_tune_sweeps_a_product(part, monkeypatch, capsys):
     tune = load("tune")
     monkeypatch.setattr(tune.os, "cpu_count", lambda: 1)  # the interpreter takes one launch at once
     monkeypatch.setattr("fastlm.bench.timing._MAX_SAMPLES", 2)
-    wanted = [configs.MatmulConfig(16, 16, 16, 4, 1), configs.MatmulConfig(32, 16, 16, 4, 1)]
-    wrong = configs.MatmulConfig(16, 24, 16, 4, 1)  # no power of two
+    wanted = [configs.EpilogueConfig(16, 16, 16, 4, 1), configs.EpilogueConfig(32, 16, 16, 4, 1)]
+    wrong = configs.EpilogueConfig(16, 24, 16, 4, 1)  # no power of two
     monkeypatch.setattr(tune, "matmul_candidates", lambda *_: [*wanted, wrong])
     args = Namespace(part=[part], dim=[8], tokens=20)
     library, *lines = tune.tune_ffn(args, CPU, torch.float16)
     assert library.startswith(f"{part} of dim 8 by the library and one kernel: ")
     assert len(lines) == 2 and all(
-        line.startswith(f"_MATMUL['cpu']['{part}']: (") for line in lines
+        line.startswith(f"_EPILOGUE['cpu']['{part}']: (") for line in lines
     )
     assert capsys.readouterr().err.count("left out") == 1
 

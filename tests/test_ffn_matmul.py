@@ -229,7 +229,9 @@ def test_descriptors_are_for_aligned_matrices(impl, device):
 def test_unaligned_matrices_take_narrow_tiles(impl, device, monkeypatch):
     for name in ("sm_80", "sm_90", "sm_100", "gfx942"):
         monkeypatch.setattr(configs, "target", lambda device, name=name: name)
-        wide, narrow = (configs.matmul_config("up", torch.device("cpu"), a) for a in (True, False))
+        wide, narrow = (
+            configs.epilogue_config("up", torch.device("cpu"), a) for a in (True, False)
+        )
         assert wide.block_m * wide.block_n > narrow.block_m * narrow.block_n and not narrow.tma
         assert wide.tma == (name in ("sm_90", "sm_100"))
 

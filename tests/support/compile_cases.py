@@ -50,6 +50,8 @@ def cases() -> Iterator[Case]:
     yield from loss()
     yield from rotary()
     yield from embedding()
+    yield from linear_loss()
+    yield from masked_lm()
 
 
 def norm() -> Iterator[Case]:
@@ -310,3 +312,41 @@ def embedding() -> Iterator[Case]:
     yield case("dropout-aligned", "bf16", 2048, norm=False, tables=False, **dropout)
     yield case("widest-tile-aligned", "bf16", 8192, **dropout)
     yield case("wide-aligned", "bf16", 16384, **dropout)
+
+
+def linear_loss() -> Iterator[Case]:
+    def case(dtype, vocab, dim, label, *targets, weighted=False, bias=True, **options):
+        def run():
+            x, weight = (
+                tensor(4096, dim, dtype=DTYPES[dtype]),
+                tensor(vocab, dim, dtype=DTYPES[dtype]),
+            )
+            target = tensor(4096, dtype=torch.int64)
+            if weighted:
+                options["class_weight"] = tensor(vocab, grad=False)
+            if bias:
+                options["bias"] = tensor(vocab, dtype=DTYPES[dtype])
+            forward_backward(fastlm.linear_cross_entropy, x, weight, target, **options)
+
+        return Case(f"linear_loss-{dtype}-{label}-{vocab}", run, targets)
+
+    yield case("bf16", 128256, 4096, "aligned", bias=False)
+    yield case("fp16", 30522, 768, "aligned", bias=False)
+    every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "reduction": "sum"}
+    yield case("bf16", 256000, 2304, "every", "sm_80", "sm_90", weighted=True, **every)
+    yield case("bf16", 257, 33, "every-odd", "sm_90", weighted=True, **every)
+    yield case("fp32", 50257, 768, "plain", "sm_80", "sm_90", "gfx942")
+
+
+def masked_lm() -> Iterator[Case]:
+    def case(dtype, dim, vocab, label, *targets):
+        def run():
+            shapes = [(4096, dim), (dim, dim), (dim,), (dim,), (dim,), (vocab, dim)]
+            hidden, *parameters = (tensor(*s, dtype=DTYPES[dtype]) for s in shapes)
+            labels = tensor(4096, dtype=torch.int64)
+            forward_backward(fastlm.masked_lm_loss, hidden, labels, *parameters)
+
+        return Case(f"masked_lm-{dtype}-{label}-{dim}", run, targets)
+
+    yield case("bf16", 768, 30522, "aligned")
+    yield case("fp32", 1024, 30522, "plain", "sm_80", "sm_90", "gfx942")
