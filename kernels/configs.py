@@ -571,9 +571,9 @@ class EpilogueConfig:
         }
 
 
-# target -> product -> the first fields of its `EpilogueConfig`: block_m, block_n, block_k, num_warps,
-# num_stages, slices, programs; group and flatten where they are not the default. Chosen by
-# compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
+# target -> product -> the first fields of its `EpilogueConfig`: block_m, block_n, block_k,
+# num_warps, num_stages, slices, programs; group and flatten where they are not the default. Chosen
+# by compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
 # one multiplies during the other's epilogue. Not timed yet.
 _EPILOGUE = {
     "sm_80": {
