@@ -185,6 +185,12 @@ def smallest(device: str = "cuda") -> None:
     both(fastlm.gated_ffn, t(3, 32), t(65, 32), t(65, 32), t(32, 65))
     target = torch.tensor([0, -100, 300], device=device)
     both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
+    for dim in (33, 64):  # without and with the copy engine
+        head = {"bias": t(301), "label_smoothing": 0.1}
+        both(fastlm.linear_cross_entropy, t(3, dim), t(301, dim), target, **head)
+    both(fastlm.linear_cross_entropy, t(400, 64), t(5000, 64), target[:1].expand(400))
+    transform = t(64, 33), t(64), t(64), t(64)
+    both(fastlm.masked_lm_loss, t(3, 33), target, *transform, t(301, 64))
 
 
 def smallest_cuda(device: str = "cuda") -> None:
