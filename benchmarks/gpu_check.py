@@ -220,6 +220,12 @@ def smallest(device: str = "cuda") -> None:
         norm = {"norm_weight": t(dim), "norm_bias": t(dim), "dropout_p": 0.5, "seed": 1}
         both(fastlm.embedding, ids[:, :3], t(5, dim), padding_idx=0,
              **{**tables, "type_ids": ids[0, :3]}, **norm)  # fmt: skip
+    for dim in (33, 64):  # without and with the copy engine
+        head = {"bias": t(301), "label_smoothing": 0.1}
+        both(fastlm.linear_cross_entropy, t(3, dim), t(301, dim), target, **head)
+    both(fastlm.linear_cross_entropy, t(400, 64), t(5000, 64), target[:1].expand(400))
+    transform = t(64, 33), t(64), t(64), t(64)
+    both(fastlm.masked_lm_loss, t(3, 33), target, *transform, t(301, 64))
 
 
 def smallest_cuda(device: str = "cuda") -> None:

@@ -38,6 +38,7 @@ class LossShape:
     tokens: int
     vocab: int
     dim: int = 16  # of the hidden states that a linear head takes to logits
+    ignored: float = 0.0  # the part of the tokens that has no target
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ EMBEDDING_LARGE = {
     "odd": EmbeddingShape(7, 501, 10007, 771),
 }
 
+# 15 % of the tokens have a target, as in BERT.
+LOSS_MASKED = {
+    "mlm_bert_masked": LossShape(16384, 30522, 768, ignored=0.85),
+    "mlm_llama3_masked": LossShape(8192, 128256, 4096, ignored=0.85),
+}
+
+LOSS_LOGITS = {"widest": LossShape(4096, 262144)}
+
 ATTENTION_SMALL = {
     "one": AttentionShape(1, 1, 1, 1, 1, 16),
     "prime": AttentionShape(2, 37, 37, 3, 3, 20),
@@ -163,6 +172,7 @@ ROTARY_CPU = {"llama_small": RotaryShape(2, 256, 8, 64, 64)}
 EMBEDDING_CPU = {"bert_base": EmbeddingShape(8, 128, 5000, 768)}
 
 LOSS_CPU = {"bytes": LossShape(2048, 256, 128), "mlm_bert": LossShape(128, 30522, 768)}
+LOSS_MASKED_CPU = {"mlm_bert_masked": LossShape(256, 30522, 768, ignored=0.85)}
 
 ATTENTION_CPU = {
     "bert_base": AttentionShape(4, 128, 128, 12, 12, 64),

@@ -143,32 +143,114 @@ def _ffn_size(s: shapes.FfnShape) -> str:
 
 
 def loss_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Cross-entropy of logits, and of a linear head."""
-    table = shapes.LOSS_LARGE if device.type == "cuda" else shapes.LOSS_CPU
+    """Cross-entropy of logits, of a linear head, and of BERT's head; the products of a head alone,
+    which are what its loss cannot be faster than.
+
+    Work of a head is that of the tokens that have a target.
+    """
+    gpu = device.type == "cuda"
+    table = shapes.LOSS_LARGE if gpu else shapes.LOSS_CPU
     for name, s in _first(table, quick):
-        generator = torch.Generator().manual_seed(0)
-        target = torch.randint(s.vocab, (s.tokens,), generator=generator).to(device)
-        moved = s.tokens * s.vocab * torch.finfo(dtype).bits / 8
-        logits = randn(s.tokens, s.vocab, dtype=dtype, device=device, seed=1)
-        yield make_case(
-            "loss", f"{name}/cross_entropy {s.tokens}x{s.vocab}", "cross_entropy",
-            {"logits": logits, "target": target}, {},
-            lambda logits, target: F.cross_entropy(logits, target),
-            Work("GB/s", moved, 2 * moved),
-        )  # fmt: skip
-        del logits
-        tensors = {
-            "x": randn(s.tokens, s.dim, dtype=dtype, device=device, seed=2),
-            "weight": randn(s.vocab, s.dim, dtype=dtype, device=device, seed=3, scale=s.dim**-0.5),
-            "target": target,
-        }
-        product = 2 * s.tokens * s.vocab * s.dim
-        yield make_case(
-            "loss", f"{name}/linear_cross_entropy {s.tokens}x{s.vocab}x{s.dim}",
-            "linear_cross_entropy", tensors, {},
-            lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
-            Work("TFLOP/s", product, 2 * product),
-        )  # fmt: skip
+        yield _logits_case(name, s, device, dtype)
+        yield _linear_case(name, s, device, dtype)
+        if not quick:
+            yield _products_case(name, s, device, dtype)
+    if quick:
+        return
+    for name, s in (shapes.LOSS_LOGITS if gpu else {}).items():
+        yield _logits_case(name, s, device, dtype)
+    for name, s in (shapes.LOSS_MASKED if gpu else shapes.LOSS_MASKED_CPU).items():
+        yield _linear_case(name, s, device, dtype)
+        yield _masked_lm_case(name, s, device, dtype)
+
+
+def _target(s: shapes.LossShape, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(s.vocab, (s.tokens,), generator=generator)
+    order = torch.randperm(s.tokens, generator=generator)
+    target[order[: round(s.ignored * s.tokens)]] = -100
+    return target.to(device)
+
+
+def _logits_case(name: str, s: shapes.LossShape, device, dtype) -> Case:
+    moved = s.tokens * s.vocab * torch.finfo(dtype).bits / 8
+    logits = randn(s.tokens, s.vocab, dtype=dtype, device=device, seed=1)
+    return make_case(
+        "loss", f"{name}/cross_entropy {s.tokens}x{s.vocab}", "cross_entropy",
+        {"logits": logits, "target": _target(s, device)}, {},
+        lambda logits, target: F.cross_entropy(logits, target),
+        Work("GB/s", moved, 2 * moved),
+    )  # fmt: skip
+
+
+def _head(s: shapes.LossShape, device, dtype) -> dict[str, torch.Tensor]:
+    return {
+        "x": randn(s.tokens, s.dim, dtype=dtype, device=device, seed=2),
+        "weight": randn(s.vocab, s.dim, dtype=dtype, device=device, seed=3, scale=s.dim**-0.5),
+    }
+
+
+def _products_of(s: shapes.LossShape) -> Work:
+    product = 2 * (s.tokens - round(s.ignored * s.tokens)) * s.vocab * s.dim
+    return Work("TFLOP/s", product, 2 * product)
+
+
+def _linear_case(name: str, s: shapes.LossShape, device, dtype) -> Case:
+    return make_case(
+        "loss", f"{name}/linear_cross_entropy {s.tokens}x{s.vocab}x{s.dim}",
+        "linear_cross_entropy", _head(s, device, dtype) | {"target": _target(s, device)}, {},
+        lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target), _products_of(s),
+    )  # fmt: skip
+
+
+def _masked_lm_case(name: str, s: shapes.LossShape, device, dtype) -> Case:
+    vector = lambda seed: randn(s.dim, dtype=dtype, device=device, seed=seed)
+    head = _head(s, device, dtype)
+    dense = randn(s.dim, s.dim, dtype=dtype, device=device, seed=4, scale=s.dim**-0.5)
+    tensors = {
+        "hidden": head["x"], "labels": _target(s, device), "dense_weight": dense,
+        "dense_bias": vector(5), "norm_weight": vector(6), "norm_bias": vector(7),
+        "decoder_weight": head["weight"],
+    }  # fmt: skip
+
+    def eager(
+        hidden, labels, dense_weight, dense_bias, norm_weight, norm_bias, decoder_weight
+    ):  # fmt: skip
+        h = F.gelu(F.linear(hidden, dense_weight, dense_bias))
+        h = F.layer_norm(h, norm_weight.shape, norm_weight, norm_bias, 1e-12)
+        return F.cross_entropy(F.linear(h, decoder_weight), labels)
+
+    return make_case(
+        "loss", f"{name}/masked_lm_loss {s.tokens}x{s.vocab}x{s.dim}", "masked_lm_loss", tensors,
+        {}, eager, _products_of(s),
+    )  # fmt: skip
+
+
+class _Products(torch.autograd.Function):
+    """The three products of a head, with its logits in the place of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        logits = F.linear(x, weight)
+        ctx.save_for_backward(x, weight, logits)
+        return logits[0, 0].float()
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.t() @ x
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _Products.apply(x, weight)
+
+
+def _products_case(name: str, s: shapes.LossShape, device, dtype) -> Case:
+    return Case(
+        op="loss", shape=f"{name}/bare_products {s.tokens}x{s.vocab}x{s.dim}", function="products",
+        options={}, dtype=dtype, tensors=_head(s, device, dtype), reference=_products,
+        providers={"torch": _products}, work=_products_of(s),
+    )  # fmt: skip
 
 
 def rotary_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:

@@ -72,6 +72,10 @@ def calls() -> Iterator[tuple[str, str, tuple, dict]]:
     target = torch.zeros(4, dtype=torch.int64)
     yield "cross_entropy", "all options", (x, target), {"softcap": 30.0, "z_loss": 1e-4}
     yield "linear_cross_entropy", "all options", (x, t(256, 64), target), {}
+    head = t(64, 64), vector, vector, vector, t(256, 64)
+    yield "masked_lm_loss", "gather, transform and loss, all options", (x, target, *head), {}
+    pooler = {"pooler_weight": t(64, 64), "pooler_bias": t(64)}
+    yield "next_sentence_loss", "with its pooler", (x[None], target[:1], t(2, 64)), pooler
     angles = t(8, 16, dtype=torch.float32)
     yield "rotary", "both layouts, positions, trained tables", (t(2, 8, 4, 64), angles, angles), {}
     tables = {"position_weight": t(8, 64), "type_weight": t(2, 64), "norm_weight": vector}
