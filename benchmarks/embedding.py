@@ -1,4 +1,4 @@
-"""Embedding: tokens and positions added and normalised, as in BERT."""
+"""Embedding: tokens, positions and types added and normalised, as in BERT, and as in GPT-2."""
 
 import sys
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("attention", "norm", "ffn", "loss", "embedding")
+BENCHMARKS = ("attention", "norm", "ffn", "loss", "rotary", "embedding")
 BUILD = [sys.executable, str(ROOT / "csrc" / "build.py")]  # into this checkout's fastlm/
 SANITIZERS = ("memcheck", "racecheck")
 MOST_WORKERS = 16  # each takes some memory of the GPU
@@ -174,6 +175,7 @@ def smallest(device: str = "cuda") -> None:
     import torch
 
     import fastlm
+    from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
     t, both = _calls("triton", device)
     for cols in (33, 8200):
@@ -199,8 +201,31 @@ def smallest(device: str = "cuda") -> None:
     both(fastlm.glu, t(3, 33), t(3, 33))
     both(fastlm.ffn, t(3, 32), t(65, 32), t(65), t(32, 65), t(32), dropout_p=0.5, seed=1)
     both(fastlm.gated_ffn, t(3, 32), t(65, 32), t(65, 32), t(32, 65))
+    for hidden in (65, 136):  # through pointers, and through descriptors
+        weights = t(hidden, 32), t(hidden), t(32, hidden), t(32)
+        call = {"activation": "gelu", "dropout_p": 0.5, "seed": 1, "recompute": False}
+        both(functools.partial(ffn_by, "epilogue"), t(3, 32), *weights, **call)
+        weights = t(hidden, 32), t(hidden, 32), t(32, hidden)
+        call = {"activation": "silu", "recompute": False}
+        both(functools.partial(gated_ffn_by, "epilogue"), t(3, 32), *weights, **call)
     target = torch.tensor([0, -100, 300], device=device)
     both(fastlm.cross_entropy, t(3, 301), target, label_smoothing=0.1, z_loss=1e-4)
+    ids = torch.randint(0, 2, (7, 33), device=device)
+    for interleaved in (False, True):
+        angles = t(40, 5), t(40, 5)
+        options = {"positions": ids, "interleaved": interleaved}
+        both(fastlm.rotary, t(7, 33, 3, 13), *angles, **options)
+    for dim in (33, 8200):
+        tables = {"position_weight": t(40, dim), "type_weight": t(2, dim), "type_ids": ids}
+        norm = {"norm_weight": t(dim), "norm_bias": t(dim), "dropout_p": 0.5, "seed": 1}
+        both(fastlm.embedding, ids[:, :3], t(5, dim), padding_idx=0,
+             **{**tables, "type_ids": ids[0, :3]}, **norm)  # fmt: skip
+    for dim in (33, 64):  # without and with the copy engine
+        head = {"bias": t(301), "label_smoothing": 0.1}
+        both(fastlm.linear_cross_entropy, t(3, dim), t(301, dim), target, **head)
+    both(fastlm.linear_cross_entropy, t(400, 64), t(5000, 64), target[:1].expand(400))
+    transform = t(64, 33), t(64), t(64), t(64)
+    both(fastlm.masked_lm_loss, t(3, 33), target, *transform, t(301, 64))
 
 
 def smallest_cuda(device: str = "cuda") -> None:

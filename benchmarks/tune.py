@@ -3,11 +3,13 @@
     python benchmarks/tune.py attention --part fwd dq dkv --headdim 64 128
     python benchmarks/tune.py decode --headdim 128 --group 4
     python benchmarks/tune.py rows --op layer_norm --cols 4096
+    python benchmarks/tune.py ffn --part up down gated_up gated_down --dim 768 4096
 
 An attention's row is its place in `_ATTENTION` and the tuple for it; decoding has a rule,
 `decode_config`, and what is printed is what that rule should give. Every candidate is compiled,
 checked against the oracle and timed on the pass that it belongs to. What does not fit the device,
-or fails the check, is left out and counted.
+or fails the check, is left out and counted. The feed-forward's products are timed by themselves,
+beside the library's product with an elementwise kernel, and compiled on all cores first.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ import contextlib
 import datetime
 import importlib
 import itertools
+import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from fastlm import shapes
 from fastlm.bench.attention import VARIANTS, attention_case, decode_case
@@ -29,13 +35,17 @@ from fastlm.bench.case import Case
 from fastlm.bench.cases import CASES
 from fastlm.bench.machine import describe
 from fastlm.bench.run import run_case
+from fastlm.bench.timing import measure
+from fastlm.kernels import ffn, ffn_matmul
 from fastlm.kernels.configs import (
     AttentionConfig,
+    EpilogueConfig,
     RowConfig,
     attention_row,
     next_power_of_2,
     target,
 )
+from fastlm.testing import assert_close, randn
 
 PROVIDER = "fastlm-triton"
 # Which launchers read which part of the attention table, and the pass that shows its effect.
@@ -183,6 +193,139 @@ def tune_rows(args, device: torch.device, dtype: torch.dtype) -> list[str]:
     return [f"{name}({args.cols}): {r.config}  {_source(r, device)}" for r in best[:3]]
 
 
+def tune_ffn(args, device: torch.device, dtype: torch.dtype) -> list[str]:
+    lines = []
+    for part, dim in itertools.product(args.part, args.dim):
+        call = FfnCall(part, args.tokens, dim, device, dtype)
+        local = threading.local()  # candidates are compiled by several threads
+        answer = lambda original, local=local: lambda *_: local.config
+        candidates, results = list(matmul_candidates(part, target(device))), []
+        with patched("ffn_matmul", "epilogue_config", answer):
+
+            def attempt(config, call=call, local=local):
+                local.config = config
+                try:
+                    call.run()
+                except Exception as error:  # too much shared memory, for example
+                    return (str(error).splitlines() or [type(error).__name__])[0]
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                reasons = list(pool.map(attempt, candidates))
+            for config, why in zip(candidates, reasons, strict=True):
+                local.config = config
+                try:
+                    if why is None:
+                        call.check()
+                except AssertionError as error:
+                    why = str(error)
+                if why is not None:
+                    print(f"left out: {config}: {why}", file=sys.stderr)
+                    continue
+                time = measure({"": call.run}, device, 0.05)[""].median
+                results.append(Result(config, time, call.flops / time / 1e9, "TFLOP/s"))
+        other = measure({"": call.library}, device, 0.2)[""].median
+        place = f"_EPILOGUE[{target(device)!r}][{part!r}]"
+        lines.append(f"{part} of dim {dim} by the library and one kernel: {other:.4f} ms")
+        lines += [
+            f"{place}: {astuple(r.config)[:-1]}  {_source(r, device)}, {r.median_ms:.4f} ms,"
+            f" {other / r.median_ms:.2f}x the library's way"
+            for r in sorted(results, key=lambda r: r.median_ms)[:3]
+        ]
+    return lines
+
+
+# (block_m, block_n, num_warps, num_stages, programs); stages of 64 products, of 32 without the copy
+# engine. Two programs on a multiprocessor multiply in each other's epilogues; one may be flattened.
+TILES = (
+    (128, 128, 4, 3, 2), (128, 128, 4, 2, 2), (128, 128, 8, 3, 2), (64, 256, 4, 2, 2),
+    (64, 128, 4, 4, 2), (128, 128, 8, 4, 1), (128, 256, 8, 3, 1), (128, 256, 8, 4, 1),
+    (256, 128, 8, 3, 1), (256, 128, 8, 4, 1),
+)  # fmt: skip
+
+
+def matmul_candidates(part: str, name: str) -> Iterator[EpilogueConfig]:
+    """Each tile with epilogues of 16 and 32 elements a thread."""
+    tma = name in ("sm_90", "sm_100")
+    for (m, n, warps, stages, programs), elements in itertools.product(TILES, (16, 32)):
+        if part == "gated_up":  # two products
+            n //= 2
+        slices = max(1, m * n // (32 * warps) // elements)
+        for flatten in (False, True) if programs == 1 else (False,):
+            yield EpilogueConfig(
+                m, n, 64 if tma else 32, warps, stages, slices, programs, 8, flatten, tma
+            )
+
+
+class FfnCall:
+    """One product of the feed-forward with its epilogue, in training, and what replaces it."""
+
+    def __init__(self, part: str, rows: int, dim: int, device: torch.device, dtype: torch.dtype):
+        self.part, self.gated = part, part.startswith("gated")
+        hidden = -(-8 * dim // 3 // 256) * 256 if self.gated else 4 * dim
+        new = lambda *shape, seed, scale=1.0: randn(
+            *shape, dtype=dtype, device=device, seed=seed, scale=scale
+        )
+        self.x, self.z, self.u = (
+            new(rows, cols, seed=seed) for seed, cols in enumerate((dim, hidden, hidden))
+        )
+        self.w, self.w_up = (new(hidden, dim, seed=s, scale=dim**-0.5) for s in (3, 4))
+        self.w_down = new(dim, hidden, seed=5, scale=dim**-0.5)
+        self.bias = new(hidden, seed=6)
+        products = 2 if part == "gated_up" else 1
+        self.flops = 2 * rows * dim * hidden * products
+        self.expected: list | None = None
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        if self.part == "up":
+            return ffn_matmul.ffn_up(self.x, self.w, self.bias, None, "gelu", 0.0, True, True)
+        if self.part == "gated_up":
+            return ffn_matmul.gated_up(self.x, self.w, self.w_up, "silu", True, True)
+        if self.part == "down":
+            options = None, "gelu", 0.0, True, self.bias.dtype, True
+            return ffn_matmul.ffn_down_bwd(self.x, self.w_down, self.z, *options)
+        options = "silu", True, True, True
+        return ffn_matmul.gated_down_bwd(self.x, self.w_down, self.z, self.u, *options)
+
+    def library(self) -> tuple[torch.Tensor, ...]:
+        if self.part == "up":
+            z = F.linear(self.x, self.w, self.bias)
+            return z, ffn.bias_act_fwd(z, None, None, "gelu", 0.0)
+        if self.part == "gated_up":
+            gate, up = F.linear(self.x, self.w), F.linear(self.x, self.w_up)
+            return gate, up, ffn.glu_fwd(gate, up, "silu")
+        da = self.x @ self.w_down
+        if self.part == "down":  # the bias is what says that its gradient is wanted
+            zeros = torch.zeros_like(self.bias)
+            return ffn.bias_act_bwd(da, self.z, zeros, None, "gelu", 0.0, True, True, True)
+        return ffn.glu_bwd(da, self.z, self.u, "silu", True, True, True)
+
+    def check(self) -> None:
+        """The oracle on the first and last rows; a bias gradient needs all of them."""
+        if self.expected is None:
+            self.expected = [self._composed(None), self._composed(torch.float64)]
+        for i, (mine, same, gold) in enumerate(zip(self.run(), *self.expected, strict=True)):
+            assert_close(f"{self.part} {i}", mine if mine.dim() == 1 else _ends(mine), same, gold)
+
+    def _composed(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        cast = lambda t: t if dtype is None else t.to(dtype)
+        z = F.linear(cast(self.x), cast(self.w), None if self.gated else cast(self.bias))
+        u = F.linear(cast(self.x), cast(self.w_up)) if self.gated else None
+        backward = self.part.endswith("down")
+        if backward:
+            z, u = cast(self.z), cast(self.u) if self.gated else None
+        leaves = [t.requires_grad_(backward) for t in (z.detach(), u) if t is not None]
+        a = F.silu(leaves[0]) * leaves[1] if self.gated else F.gelu(leaves[0])
+        if not backward:
+            return [_ends(t) for t in (*leaves, a)]
+        grads = torch.autograd.grad(a, leaves, cast(self.x) @ cast(self.w_down))
+        dbias = [] if self.gated else [grads[0].sum(0)]
+        return [*map(_ends, grads), *dbias, _ends(a.detach())]
+
+
+def _ends(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:256], x[-256:]])
+
+
 def _cols(case: Case) -> int:
     return next(iter(case.tensors.values())).shape[-1]
 
@@ -212,14 +355,20 @@ def main() -> int:
     rows.add_argument("--op", choices=ROW_OPS, default="layer_norm")
     rows.add_argument("--part", choices=("fwd", "bwd"), default="fwd")
     rows.add_argument("--cols", type=int, default=4096)
-    for kind in (attention, decode, rows):
+    blocks = kinds.add_parser("ffn")
+    parts = ("up", "gated_up", "down", "gated_down")
+    blocks.add_argument("--part", nargs="+", choices=parts, default=parts)
+    blocks.add_argument("--dim", nargs="+", type=int, default=[768, 4096])
+    blocks.add_argument("--tokens", type=int, default=16384)
+    for kind in (attention, decode, rows, blocks):
         kind.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune: a GPU is needed, and torch finds none", file=sys.stderr)
         return 2
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    tune = {"attention": tune_attention, "decode": tune_decode, "rows": tune_rows}[args.kind]
+    tunes = {"attention": tune_attention, "decode": tune_decode, "rows": tune_rows, "ffn": tune_ffn}
+    tune = tunes[args.kind]
     best = tune(args, torch.device("cuda", torch.cuda.current_device()), dtype)
     print("\nfor kernels/configs.py, fastest first:", *(best or ["nothing passed"]), sep="\n")
     return 0 if best else 1

@@ -33,6 +33,7 @@ class Explanation:
     op: str
     chosen: Impl | None
     reasons: Mapping[Impl, str | None]
+    how: str | None = None  # the way that the chosen backend goes, where it has several
 
     def __str__(self) -> str:
         rows = [f"{self.op}: {self.chosen or 'no backend'}"]
@@ -43,7 +44,7 @@ class Explanation:
     def note(self, impl: Impl) -> str:
         """What a reader wants to know of one backend."""
         if impl == self.chosen:
-            return "chosen"
+            return "chosen" if self.how is None else f"chosen ({self.how})"
         return self.reasons[impl] or f"available as impl={impl!r}"
 
 
@@ -84,7 +85,12 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
 
 
 def choose(
-    op: str, impl: Impl | None, backends: Mapping[Impl, Reason], device: torch.device, *call
+    op: str,
+    impl: Impl | None,
+    backends: Mapping[Impl, Reason],
+    device: torch.device,
+    *call,
+    how: Callable[[Impl], str | None] = lambda impl: None,
 ) -> Impl:
     """Returns the backend for a call.
 
@@ -94,6 +100,7 @@ def choose(
         backends: the operator's backends, fastest first, each with its `Reason`.
         device: where the inputs are.
         call: what the reasons look at; metadata only.
+        how: for `explain`, the way that a backend would go.
     """
     if impl is None:
         for name, reason in backends.items():
@@ -101,7 +108,7 @@ def choose(
                 return name
         raise AssertionError(f"{op}: the torch backend refuses no call")
     if isinstance(impl, _Probe):
-        raise _Explained(_explanation(op, backends, device, call))
+        raise _Explained(_explanation(op, backends, device, call, how))
     if impl not in _IMPLS:
         raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
     if impl not in backends:
@@ -120,7 +127,7 @@ def supports_all(*_) -> None:
     return None
 
 
-def _explanation(op, backends, device, call) -> Explanation:
+def _explanation(op, backends, device, call, how) -> Explanation:
     reasons = {}
     for impl in _IMPLS:
         if impl not in backends:
@@ -128,7 +135,7 @@ def _explanation(op, backends, device, call) -> Explanation:
         else:
             reasons[impl] = _unavailable(impl, device) or backends[impl](*call)
     chosen = next((name for name in backends if reasons[name] is None), None)
-    return Explanation(op, chosen, reasons)
+    return Explanation(op, chosen, reasons, None if chosen is None else how(chosen))
 
 
 def _absent(op: str, impl: Impl) -> str:

@@ -38,6 +38,25 @@ class LossShape:
     tokens: int
     vocab: int
     dim: int = 16  # of the hidden states that a linear head takes to logits
+    ignored: float = 0.0  # the part of the tokens that has no target
+
+
+@dataclass(frozen=True)
+class RotaryShape:
+    batch: int
+    seqlen: int
+    nheads: int
+    headdim: int
+    rotary_dim: int
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    batch: int
+    seqlen: int
+    vocab: int
+    dim: int
+    max_seqlen: int = 512
 
 
 NORM_SMALL = {
@@ -92,6 +111,27 @@ LOSS_LARGE = {
     "clm_gemma": LossShape(4096, 256000, 2304),
 }
 
+ROTARY_LARGE = {
+    "llama": RotaryShape(4, 4096, 32, 128, 128),
+    "llama_keys": RotaryShape(4, 4096, 8, 128, 128),
+    "partial": RotaryShape(4, 4096, 32, 80, 32),
+    "odd": RotaryShape(3, 1001, 7, 90, 66),
+}
+
+EMBEDDING_LARGE = {
+    "bert_base": EmbeddingShape(64, 512, 30522, 768),
+    "bert_large": EmbeddingShape(32, 512, 30522, 1024),
+    "odd": EmbeddingShape(7, 501, 10007, 771),
+}
+
+# 15 % of the tokens have a target, as in BERT.
+LOSS_MASKED = {
+    "mlm_bert_masked": LossShape(16384, 30522, 768, ignored=0.85),
+    "mlm_llama3_masked": LossShape(8192, 128256, 4096, ignored=0.85),
+}
+
+LOSS_LOGITS = {"widest": LossShape(4096, 262144)}
+
 ATTENTION_SMALL = {
     "one": AttentionShape(1, 1, 1, 1, 1, 16),
     "prime": AttentionShape(2, 37, 37, 3, 3, 20),
@@ -127,7 +167,12 @@ NORM_CPU = {"bert_base": NormShape(2048, 768), "llama_1b": NormShape(1024, 2048)
 
 FFN_CPU = {"bert_base": FfnShape(512, 768, 3072), "gpt_tiny": FfnShape(2048, 128, 512)}
 
+ROTARY_CPU = {"llama_small": RotaryShape(2, 256, 8, 64, 64)}
+
+EMBEDDING_CPU = {"bert_base": EmbeddingShape(8, 128, 5000, 768)}
+
 LOSS_CPU = {"bytes": LossShape(2048, 256, 128), "mlm_bert": LossShape(128, 30522, 768)}
+LOSS_MASKED_CPU = {"mlm_bert_masked": LossShape(256, 30522, 768, ignored=0.85)}
 
 ATTENTION_CPU = {
     "bert_base": AttentionShape(4, 128, 128, 12, 12, 64),

@@ -10,7 +10,7 @@ for every output and every gradient, all finite, of the right dtype and shape.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,21 +95,55 @@ def check_against_reference(
         grad_seed: seeds the incoming gradients, one for every output.
         options: passed to both.
     """
+    results = _results(fn, reference, tensors, frozen, backward, grad_seed, options)
+    return [assert_close(name, *values) for name, values in results.items()]
+
+
+def check_over_draws(
+    fn: Callable,
+    reference: Callable,
+    draws: Iterable[Mapping[str, torch.Tensor | None]],
+    *,
+    frozen: tuple[str, ...] = (),
+    backward: bool = True,
+    **options,
+) -> list[Error]:
+    """`check_against_reference` of many calls of the same shapes, judged as if they were one.
+
+    For results of a few numbers: the reference may be right by luck on one draw of them, which
+    leaves no room for an error of the same size. The largest error of all draws is no luck.
+
+    Args:
+        draws: the tensors of each call; incoming gradients are seeded by its index.
+
+    The other arguments are `check_against_reference`'s.
+    """
+    calls = [
+        _results(fn, reference, tensors, frozen, backward, i, options)
+        for i, tensors in enumerate(draws)
+    ]
+    stacks = {
+        name: [torch.stack(x) for x in zip(*(call[name] for call in calls), strict=True)]
+        for name in calls[0]
+    }
+    return [assert_close(name, *values) for name, values in stacks.items()]
+
+
+def _results(fn, reference, tensors, frozen, backward, grad_seed, options) -> dict[str, tuple]:
+    """(of fn, of the reference, of the reference in fp64), for each output and each gradient."""
     actual, actual_grads = _run(fn, tensors, frozen, None, backward, grad_seed, options)
     same, same_grads = _run(reference, tensors, frozen, None, backward, grad_seed, options)
     gold, gold_grads = _run(reference, tensors, frozen, torch.float64, backward, grad_seed, options)
     assert len(actual) == len(same), f"{len(actual)} outputs, want {len(same)}"
-    errors = [
-        assert_close(f"output {i}", a, s, g)
-        for i, (a, s, g) in enumerate(zip(actual, same, gold, strict=True))
-    ]
+    outputs = enumerate(zip(actual, same, gold, strict=True))
+    results = {f"output {i}": values for i, values in outputs}
     for name in gold_grads:
         grads = actual_grads[name], same_grads[name], gold_grads[name]
         assert grads[1] is not None, f"d{name}: the reference has no gradient; freeze {name}"
         assert grads[0] is not None, f"d{name}: None, want a gradient"
         assert grads[0].dtype == tensors[name].dtype
-        errors.append(assert_close(f"d{name}", *grads))
-    return errors
+        results[f"d{name}"] = grads
+    return results
 
 
 def _run(fn, tensors, frozen, dtype, backward, grad_seed, options):

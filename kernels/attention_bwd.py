@@ -51,6 +51,8 @@ from fastlm.kernels.configs import (
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LOG2_E,
+    add_dot,
+    dot,
     dropout_keep,
     load_rows,
     store_rows,
@@ -119,7 +121,7 @@ def _add_dq(
                 v_desc, place, v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low,
                 HAS_LEFT,
             )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
             local = tl.arange(0, BLOCK_N)
             cols = start + local
             slope = 1.0
@@ -136,7 +138,7 @@ def _add_dq(
                 seen = cols[None, :] <= last_key[:, None]
                 if HAS_LEFT:
                     seen = seen & (cols[None, :] >= first_key[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = dot(do, tl.trans(v), PRECISION)
             if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
@@ -148,7 +150,7 @@ def _add_dq(
                 ds = tl.where(allowed, ds, 0.0)
                 visible = tl.max(allowed.to(tl.int32), 0)
                 k = zero_rows(k, visible)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = add_dot(dq, ds.to(k.dtype), k, PRECISION, False)
     return dq
 
 
@@ -289,7 +291,7 @@ def _add_dk_dv(
                 HAS_RIGHT, alive,
             )  # fmt: skip
             # Scores are transposed, [BLOCK_N, BLOCK_M]: p and ds stay in registers for dv and dk.
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            s = dot(k, tl.trans(q), PRECISION)
             slope = 1.0
             if PLAIN:
                 p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
@@ -306,7 +308,7 @@ def _add_dk_dv(
                 p = tl.where(start + rows[None, :] >= first_row[:, None], p, 0.0)
             if MASKED and HAS_LEFT:
                 p = tl.where(start + rows[None, :] <= last_row[:, None], p, 0.0)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dp = dot(v, tl.trans(do), PRECISION)
             if seed_ptr is not None:
                 keep = dropout_keep(
                     tl.load(seed_ptr), threshold, batch, head_0 + head, start + rows, first_col,
@@ -315,13 +317,13 @@ def _add_dk_dv(
                 keep = tl.trans(keep)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
                 kept = tl.where(keep, p * dropout_scale, 0.0)
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                dv = add_dot(dv, kept.to(do.dtype), do, PRECISION)
             else:
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                dv = add_dot(dv, p.to(do.dtype), do, PRECISION)
             ds = p * (dp - delta[None, :]) * slope
             if ZERO:
                 ds = tl.where(s != float("-inf"), ds, 0.0)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = add_dot(dk, ds.to(q.dtype), q, PRECISION)
             index += 1
             head += tl.where(index == count, 1, 0)
             index = tl.where(index == count, 0, index)

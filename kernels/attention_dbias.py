@@ -38,7 +38,7 @@ from fastlm.kernels.configs import (
     next_power_of_2,
 )
 from fastlm.kernels.launch import launch
-from fastlm.kernels.primitives import dropout_keep, load_pairs, load_rows, relative_bucket
+from fastlm.kernels.primitives import dot, dropout_keep, load_pairs, load_rows, relative_bucket
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
 RUNTIME = ["H", "GROUP", "M", "N", "T", *OPTIONS_RUNTIME]
@@ -63,7 +63,7 @@ def _gradient_of_weights(
         v_ptr += (batch * stride_vb + first_k * stride_vn + head_k * stride_vh) * UNIT
         do = load_rows(do_ptr, first_row, stride_dom * UNIT, n_q, BLOCK_M, DV, BLOCK_DV, True)
         v = load_rows(v_ptr, start, stride_vn * UNIT, end, BLOCK_N, DV, BLOCK_DV, True)
-        return tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        return dot(do, tl.trans(v), PRECISION)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _attention_dbias_kernel(
                 stats += first_q - batch * H * T
             q = load_rows(q_at, first_row, stride_qm * UNIT, n_q, BLOCK_M, D, BLOCK_D, True)
             k = load_rows(k_at, start, stride_kn * UNIT, end, BLOCK_N, D, BLOCK_D, True)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
             options = (
                 mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
                 bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,

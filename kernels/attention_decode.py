@@ -30,6 +30,8 @@ from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,
     LOG2_E,
+    add_dot,
+    dot,
     load_rows,
     relative_bucket,
     store_rows,
@@ -161,7 +163,7 @@ def _attention_decode_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_kn * UNIT, end, BLOCK_N, D, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k).to(q.dtype), input_precision=PRECISION) * scale
+        s = dot(q, tl.trans(k).to(q.dtype), PRECISION) * scale
         v = load_rows(v_ptr, start, stride_vn * UNIT, end, BLOCK_N, DV, BLOCK_DV, True)
         keys = start + tl.arange(0, BLOCK_N)
         distance = keys[None, :] - (m + diagonal)[:, None]
@@ -193,7 +195,7 @@ def _attention_decode_kernel(
         if mask_ptr is not None or bias_ptr is not None:  # values that no row sees may be NaN
             v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
         v = v.to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = add_dot(acc * alpha[:, None], p.to(q.dtype), v, PRECISION)
 
     row = (batch * M + m) * H + head
     cols_v = tl.arange(0, BLOCK_DV)

@@ -47,6 +47,8 @@ from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,
     LOG2_E,
+    add_dot,
+    dot,
     dropout_keep,
     load_rows,
     store_rows,
@@ -122,7 +124,7 @@ def _attend(
             k = load_tile(
                 k_desc, place, k_ptr, start, stride_kn, end, BLOCK_N, D, BLOCK_D, MASKED, 0, False
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
             v = load_tile(
                 v_desc, place, v_ptr, start, stride_vn, end, BLOCK_N, DV, BLOCK_DV, MASKED, low,
                 HAS_LEFT,
@@ -161,7 +163,7 @@ def _attend(
             if seed_ptr is not None:
                 keep = dropout_keep(tl.load(seed_ptr), threshold, batch, head, rows, start, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = add_dot(acc * alpha[:, None], p.to(v.dtype), v, PRECISION)
     return acc, m_i, l_i
 
 

@@ -37,6 +37,8 @@ from fastlm.kernels.configs import (
 )
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
+    add_dot,
+    dot,
     dropout_keep,
     load_pairs,
     load_rows,
@@ -60,7 +62,7 @@ def _weights(
     score' may be NaN there, and is a number if it is 1 everywhere.
     """
     local = tl.arange(0, BLOCK_N)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = dot(q, tl.trans(k), PRECISION)
     s, slope = logits(
         s, rows[:, None], start, local[None, :], M, n_k, diagonal, scale, batch, head, options
     )
@@ -186,7 +188,7 @@ def _attention_weights_bwd_dq_kernel(
             if mask_ptr is not None or bias_ptr is not None:
                 # Keys that no row of the tile sees may hold NaN, and 0 * NaN is NaN.
                 k = zero_rows(k, tl.max(allowed.to(tl.int32), 0))
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = add_dot(dq, ds.to(k.dtype), k, PRECISION, False)
     dq *= scale
     store_rows(dq_ptr, first_row, H.to(tl.int64) * D, M, dq, BLOCK_M, D, BLOCK_D)
     tl.store(dlse_ptr + stats, dlse, mask=rows < M)
@@ -262,7 +264,7 @@ def _attention_weights_bwd_dk_kernel(
             ds = tl.where(allowed, w * dw * slope, 0.0)
             if mask_ptr is not None or bias_ptr is not None:
                 q = zero_rows(q, tl.max(allowed.to(tl.int32), 1))
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+            dk = add_dot(dk, tl.trans(ds.to(q.dtype)), q, PRECISION)
             tile += 1
             head += tl.where(tile == first_tile + count, 1, 0)
             tile = tl.where(tile == first_tile + count, first_tile, tile)

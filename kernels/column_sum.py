@@ -18,7 +18,7 @@ _BLOCK_M, _BLOCK_N = 64, 32  # a warp reads 128 bytes of a row
 
 
 @triton.jit
-def _column_sum_kernel(
+def _column_sums_kernel(
     first_ptr, second_ptr, first_sum_ptr, second_sum_ptr, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +57,6 @@ def column_sums(
         partials, sums = partials[::-1], sums[::-1]
     M, N = given.shape
     launch(
-        _column_sum_kernel, ceil_div(N, _BLOCK_N), *partials, *sums, M, N,
+        _column_sums_kernel, ceil_div(N, _BLOCK_N), *partials, *sums, M, N,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, enable_fp_fusion=True,
     )  # fmt: skip

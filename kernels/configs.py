@@ -85,6 +85,53 @@ def tile_config(cols: int, elements: int) -> RowConfig:
     return RowConfig(max(1, elements // block_n), block_n, 4)
 
 
+@dataclass(frozen=True)
+class RotaryConfig:
+    """A tile of `block_t` tokens by `block_h` heads; more heads are looped over."""
+
+    block_t: int
+    block_h: int
+    num_warps: int
+
+
+def rotary_config(seqlen: int, nheads: int, pairs: int) -> RotaryConfig:
+    """About 2,048 pairs a program, at least one token."""
+    block_p = next_power_of_2(pairs)
+    block_h = min(next_power_of_2(nheads), max(2048 // block_p, 1))
+    block_t = min(max(2048 // (block_p * block_h), 1), next_power_of_2(seqlen))
+    return RotaryConfig(block_t, block_h, 4)
+
+
+def segment_chunk(rows: int, device: torch.device) -> int:
+    """Rows of a chunk of `segment_sum`: a third of the root of all, so that neither the rows of a
+    chunk nor the chunks of the longest segment are many. 4 in the interpreter: segments cross."""
+    if target(device) == "cpu":
+        return 4
+    return min(max(next_power_of_2(math.isqrt(rows) // 3), 32), 1024)
+
+
+def segment_config(units: int, rows: int, cols: int, device: torch.device) -> RowConfig:
+    """`segment_sum`, for `units` segments or chunks of `rows` in all: 8 rows at a time, 4 where
+    most have fewer; where units are few, more rows of fewer columns, so that many programs share.
+    """
+    block_n = min(max(next_power_of_2(cols), 16), 1024)
+    while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
+        block_n //= 2
+    elements = 4096 if rows < 4 * units else 8192
+    block_m = min(elements // block_n, 64)
+    return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
+
+
+def wide_loss_config(cols: int, device: torch.device) -> RowConfig:
+    """Rows of logits that are read twice: few in work at a time, so that they stay in the L2 cache
+    between (one of 128k halves takes 256 KB), with as many loads on their way as registers allow.
+    """
+    name = target(device)
+    widest, warps = {"sm_80": (8192, 32), "gfx942": (8192, 16)}.get(name, (16384, 32))
+    block_n = min(max(next_power_of_2(cols), 16), widest)
+    return RowConfig(1, block_n, max(4, min(block_n * warps // widest, warps)))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: for fp32, what `torch.get_float32_matmul_precision()` asks."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -105,6 +152,108 @@ def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
     ]
     unit = math.gcd(16 // tensors[0].element_size(), *strides)
     return unit, [stride // unit for stride in strides]
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tiles of `block_m` by `block_n`, `block_k` deep; tma: see `AttentionConfig`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# (target, arithmetic) -> the products of a linear loss: "logits" (x by the head), "dx" (gradients
+# by the head) and "dweight" (along rows; it adds to what is in memory). The last has tiles of which
+# two fit on a multiprocessor, so that one's sums travel while the other multiplies. Chosen by
+# compiling; not timed yet.
+_MATMUL = {
+    ("sm_80", "half"): {
+        "logits": (128, 128, 32, 4, 4),
+        "dx": (128, 128, 32, 4, 4),
+        "dweight": (128, 128, 32, 8, 4),
+    },
+    ("sm_90", "half"): {
+        "logits": (128, 256, 64, 8, 4),
+        "dx": (128, 256, 64, 8, 4),
+        "dweight": (128, 128, 64, 4, 3),
+    },
+    ("sm_100", "half"): {
+        "logits": (128, 256, 64, 8, 3),
+        "dx": (128, 256, 64, 8, 3),
+        "dweight": (128, 128, 64, 8, 3),
+    },
+    ("gfx942", "half"): {
+        "logits": (128, 128, 32, 8, 2),
+        "dx": (128, 128, 32, 8, 2),
+        "dweight": (128, 128, 32, 8, 2),
+    },
+}
+_MATMUL_FP32 = {"tf32": (128, 64, 32, 4, 3), "ieee": (64, 64, 16, 4, 2)}
+_MATMUL_NARROW = (64, 64, 32, 4, 2)  # halves that cannot be loaded 16 bytes at a time
+_MATMUL_CPU = (32, 16, 16, 4, 1)  # the interpreter: an odd number of tiles, several in each product
+
+
+def matmul_config(
+    which: str, device: torch.device, dtype: torch.dtype, aligned: bool = True
+) -> MatmulConfig:
+    """The tiles of a product of a linear loss: "logits", "dx" or "dweight".
+
+    aligned: rows of the weight begin at multiples of 16 bytes.
+    """
+    name = target(device)
+    if name == "cpu":
+        return MatmulConfig(*_MATMUL_CPU)
+    if dtype == torch.float32:
+        return MatmulConfig(*_MATMUL_FP32[_arithmetic(name, dtype, 4)])
+    if not aligned and name != "gfx942":
+        return MatmulConfig(*_MATMUL_NARROW)
+    return MatmulConfig(*_MATMUL[name, "half"][which], tma=name in _TMA)
+
+
+def matmul_splits(
+    rows: int, dim: int, depth: int, config: MatmulConfig, device: torch.device
+) -> int:
+    """Parts of a product that is `depth` deep and has few tiles: four tiles a multiprocessor, so
+    that the last ones do not leave most of the device idle, also where few rows are kept."""
+    tiles = ceil_div(rows, config.block_m) * ceil_div(dim, config.block_n)
+    wanted = ceil_div(4 * multiprocessors(device), tiles)
+    return max(1, min(wanted, 8, ceil_div(depth, 8 * config.block_k)))
+
+
+# Logits of one chunk of tokens, in bytes. Every chunk adds to dweight, which is read and written
+# each time: the larger the better, and with the rest it must stay below 512 MB.
+_LOGITS_BYTES = 384 * 10**6
+_MOST_CHUNKS = 8  # a bf16 dweight is rounded once a chunk
+_CHUNK_ROWS_CPU = 32  # the interpreter
+
+
+def row_padding(device: torch.device) -> int:
+    """A multiple of every tile's side along gathered rows, `block_k` of "dweight" included."""
+    return 32 if target(device) == "cpu" else 128
+
+
+def chunk_rows(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a chunk of `linear_cross_entropy`: a multiple of 128, chunks of equal size."""
+    if target(device) == "cpu":
+        return _CHUNK_ROWS_CPU
+    most = max(_LOGITS_BYTES // (vocab * dtype.itemsize), ceil_div(tokens, _MOST_CHUNKS), 128)
+    chunks = ceil_div(tokens, max(most // 128 * 128, 128))
+    return ceil_div(ceil_div(tokens, min(chunks, _MOST_CHUNKS)), 128) * 128
 
 
 @dataclass(frozen=True)
@@ -170,13 +319,13 @@ _ATTENTION = {
             (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
         ),
         ("tf32", "fwd"): (
-            (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
+            (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
         ),
         ("tf32", "dq"): (
-            (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+            (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
         ),
         ("tf32", "dkv"): (
-            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+            (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
         ),
     },
     "sm_90": {
@@ -194,10 +343,10 @@ _ATTENTION = {
             (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
         ),
         ("tf32", "dq"): (
-            (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
+            (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
         ),
         ("tf32", "dkv"): (
-            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+            (32, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
         ),
     },
     "sm_100": {
@@ -384,6 +533,105 @@ def decode_config(
     stages = 2 if target(device) == "gfx942" else 3
     warps = 4 if plain or words == 2 else 8
     return AttentionConfig(block_m, block_n, warps, stages), max(splits, 1)
+
+
+@dataclass(frozen=True)
+class EpilogueConfig:
+    """Tiles of `block_m` rows by `block_n` columns, summed `block_k` products at a time.
+
+    group: rows of tiles that are in work together. slices: the epilogue's pieces of a tile.
+    programs: on a multiprocessor. flatten: the loop over tiles and the one over products are one
+    pipeline, which loads the next tile during an epilogue. tma: as in `AttentionConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int = 1
+    programs: int = 1
+    group: int = 8
+    flatten: bool = False
+    tma: bool = False
+
+    @property
+    def part(self) -> int:
+        """Columns of a slice."""
+        return self.block_n // self.slices
+
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "SLICES": self.slices,
+            "FLATTEN": self.flatten,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# target -> product -> the first fields of its `EpilogueConfig`: block_m, block_n, block_k,
+# num_warps, num_stages, slices, programs; group and flatten where they are not the default. Chosen
+# by compiling: no spills, also with dropout, and two programs on a multiprocessor of sm_90, so that
+# one multiplies during the other's epilogue. Not timed yet.
+_EPILOGUE = {
+    "sm_80": {
+        "up": (128, 128, 32, 8, 3, 4, 1),
+        "gated_up": (128, 64, 32, 4, 3, 4, 2),
+        "down": (128, 128, 32, 8, 3, 4, 1),
+        "gated_down": (128, 128, 32, 8, 3, 4, 1),
+    },
+    "sm_90": {
+        "up": (128, 128, 64, 4, 3, 4, 2),
+        "gated_up": (128, 64, 64, 4, 3, 2, 2),
+        "down": (128, 128, 64, 4, 3, 8, 2),
+        "gated_down": (128, 128, 64, 4, 3, 8, 2),
+    },
+    "sm_100": {
+        "up": (128, 128, 64, 4, 3, 4, 2),
+        "gated_up": (128, 64, 64, 4, 3, 4, 2),
+        "down": (128, 64, 64, 4, 3, 8, 2),
+        "gated_down": (128, 64, 64, 4, 3, 8, 2),
+    },
+    "gfx942": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (128, 64, 32, 4, 2, 4, 2)),
+    # The interpreter: several tiles in both directions, and programs that take more than one.
+    "cpu": dict.fromkeys(("up", "gated_up", "down", "gated_down"), (16, 32, 16, 4, 1, 2, 1)),
+}
+
+
+# Where rows are not aligned to 16 bytes: loads of single elements take registers for addresses.
+_EPILOGUE_NARROW = (64, 64, 32, 4, 2, 2, 2)
+
+
+def epilogue_config(which: str, device: torch.device, aligned: bool) -> EpilogueConfig:
+    """The configuration of a product with an epilogue.
+
+    Args:
+        which: "up", "gated_up", "down" or "gated_down", the last two in the backward pass.
+        aligned: rows of all its matrices are, to 16 bytes.
+    """
+    name = target(device)
+    row = _EPILOGUE[name][which] if aligned or name == "cpu" else _EPILOGUE_NARROW
+    return EpilogueConfig(*row, tma=aligned and name in ("sm_90", "sm_100", "cpu"))
+
+
+# (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
+# least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits
+# into holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): every call goes by "cublas".
+_FFN_WAYS: dict[tuple[str, str, bool], tuple[tuple[int, int, int, str], ...]] = {}
+
+
+def ffn_way(name: str, op: str, keep: bool, rows: int, dim: int, hidden_dim: int) -> str:
+    """The way that the products of a feed-forward layer go, on the target `name`."""
+    for least_rows, least_hidden, most_dim, way in _FFN_WAYS.get((name, op, keep), ()):
+        if rows >= least_rows and hidden_dim >= least_hidden and dim <= most_dim:
+            return way
+    return "cublas"
 
 
 @functools.cache

@@ -9,6 +9,11 @@ The forward reads its inputs once and writes y. The backward reads dy and the fo
 and writes the gradients, and y again where the caller did not keep it. The mask is replayed from
 the seed. dbias is the sum of one fp32 row per program, added in a fixed order.
 
+Bytes for an element, in halves (fp32: twice that): bias_act 4 forward (x, y), 6 backward (dy, x,
+dx), 8 with y; glu 6 forward (gate, up, y), 10 backward (dy, gate, up, dgate, dup), 12 with y. A
+gradient that nobody wants is not written. Biases stay in the L2 cache; dbias adds 8 bytes a column
+for each group of rows, and there are no more groups than fill the device eight times.
+
 Source: Hendrycks and Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
 

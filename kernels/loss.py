@@ -26,9 +26,8 @@ from fastlm.kernels.configs import ceil_div, loss_config
 
 
 @triton.jit
-def _load_targets(target_ptr, rows, rows_total, N, ignore_index):
+def load_targets(target_ptr, rows, mask_m, N, ignore_index):
     """Targets of a tile of rows, which rows count, and which of these name a class. [BLOCK_M]"""
-    mask_m = rows < rows_total
     target = tl.load(target_ptr + rows, mask=mask_m, other=0).to(tl.int64)
     active = mask_m & (target != ignore_index)
     return target, active, active & (target >= 0) & (target < N)
@@ -41,7 +40,7 @@ def _row_start(rows, M, stride_lb, stride_lm):
 
 
 @triton.jit
-def _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
+def load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
     """s in fp32, -inf outside the mask."""
     s = tl.load(logits_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32)
     if HAS_SOFTCAP:
@@ -51,19 +50,25 @@ def _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, class_weight_ptr, loss_ptr, row_max_ptr, log_sum_ptr, row_weight_ptr,
-    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+def scan_rows(
+    logits_ptr, row_start, target, active, valid, class_weight_ptr, N, readable,
+    label_smoothing, z_loss, softcap,
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y]."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
-    row_start = _row_start(rows, M, stride_lb, stride_lm)
+    """Reads a tile of rows once, in blocks of columns.
+
+    Args:
+        row_start: offsets of rows, int64. [BLOCK_M]
+        target, active, valid: from `load_targets`. Rows that are not active are not read.
+        readable: with PADDED, how many columns may be read, N of which are logits.
+
+    Returns:
+        (loss, m, log_l, w_y): every row's loss, both parts of its lse, and w[y]. [BLOCK_M] each
+    """
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    s_y = _load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    s_y = load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
     # Sums are of s - origin, so that an offset common to a row's logits costs no digits.
     origin = tl.where(s_y == -float("inf"), 0.0, s_y)
     weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * (s[c] - origin)
@@ -73,7 +78,12 @@ def _cross_entropy_fwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         mask = active[:, None] & (cols < N)[None, :]
         offsets = row_start[:, None] + cols[None, :]
-        s = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+        if PADDED:
+            inside = active[:, None] & (cols < readable)[None, :]
+            s = load_scores(logits_ptr, offsets, inside, softcap, HAS_SOFTCAP)
+            s = tl.where(mask, s, -float("inf"))
+        else:
+            s = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
         l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
@@ -100,38 +110,18 @@ def _cross_entropy_fwd_kernel(
     if HAS_Z_LOSS:
         loss += z_loss * w_y * (m_i + log_l) * (m_i + log_l)
     loss = tl.where(valid, loss, tl.where(active, float("nan"), 0.0))
-    mask_m = rows < rows_total
-    tl.store(loss_ptr + rows, loss, mask=mask_m)
-    tl.store(row_max_ptr + rows, m_i, mask=mask_m)
-    tl.store(log_sum_ptr + rows, log_l, mask=mask_m)
-    tl.store(row_weight_ptr + rows, w_y, mask=mask_m)
+    return loss, m_i, log_l, w_y
 
 
 @triton.jit
-def _cross_entropy_bwd_kernel(
-    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, row_max_ptr, log_sum_ptr, dloss_ptr,
-    dlogits_ptr,
-    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+def score_gradients(
+    s, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr, weight_sum_ptr, N,
+    label_smoothing, z_loss, softcap,
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dlogits."""
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    rows = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = rows < rows_total, cols < N
-    target, active, valid = _load_targets(target_ptr, rows, rows_total, N, ignore_index)
-    m = tl.load(row_max_ptr + rows, mask=valid, other=0.0)
-    log_l = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
-    dloss = tl.load(dloss_ptr + rows, mask=valid, other=0.0)
-    row_start = _row_start(rows, M, stride_lb, stride_lm)
-    mask = valid[:, None] & mask_n[None, :]
-    offsets = row_start[:, None] + cols[None, :]
-    s = _load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+    """The gradients of a tile of logits; 0 in ignored rows, NaN where the target is no class."""
     p = tl.exp((s - m[:, None]) - log_l[:, None])
-    w_y = tl.full([BLOCK_M], 1.0, tl.float32)
-    if class_weight_ptr is not None:
-        w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
     on_target = w_y
     if HAS_SMOOTHING:
         on_target = w_y * (1.0 - label_smoothing)
@@ -149,14 +139,66 @@ def _cross_entropy_bwd_kernel(
     if HAS_SMOOTHING:
         w = tl.full([BLOCK_N], 1.0, tl.float32)
         if class_weight_ptr is not None:
-            w = tl.load(class_weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+            w = tl.load(class_weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
         ds -= (label_smoothing / N * w)[None, :]
     ds = ds * dloss[:, None]
     if HAS_SOFTCAP:
-        tanh = tl.where(mask, s / softcap, 0.0)
+        tanh = tl.where(valid[:, None] & (cols < N)[None, :], s / softcap, 0.0)
         ds *= 1.0 - tanh * tanh
     bad = tl.where(active, float("nan"), 0.0)
-    ds = tl.where(valid[:, None], ds, bad[:, None])
+    return tl.where(valid[:, None], ds, bad[:, None])
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr, target_ptr, class_weight_ptr, loss_ptr, row_max_ptr, log_sum_ptr, row_weight_ptr,
+    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y]."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows < rows_total
+    target, active, valid = load_targets(target_ptr, rows, mask_m, N, ignore_index)
+    row_start = _row_start(rows, M, stride_lb, stride_lm)
+    loss, m, log_l, w_y = scan_rows(
+        logits_ptr, row_start, target, active, valid, class_weight_ptr, N, N,
+        label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, False,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    tl.store(loss_ptr + rows, loss, mask=mask_m)
+    tl.store(row_max_ptr + rows, m, mask=mask_m)
+    tl.store(log_sum_ptr + rows, log_l, mask=mask_m)
+    tl.store(row_weight_ptr + rows, w_y, mask=mask_m)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, row_max_ptr, log_sum_ptr, dloss_ptr,
+    dlogits_ptr,
+    stride_lb, stride_lm, M, N, rows_total, ignore_index, label_smoothing, z_loss, softcap,
+    HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of dlogits."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = rows < rows_total, cols < N
+    target, active, valid = load_targets(target_ptr, rows, mask_m, N, ignore_index)
+    m = tl.load(row_max_ptr + rows, mask=valid, other=0.0)
+    log_l = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
+    dloss = tl.load(dloss_ptr + rows, mask=valid, other=0.0)
+    w_y = tl.full([BLOCK_M], 1.0, tl.float32)
+    if class_weight_ptr is not None:
+        w_y = tl.load(class_weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    row_start = _row_start(rows, M, stride_lb, stride_lm)
+    mask = valid[:, None] & mask_n[None, :]
+    s = load_scores(logits_ptr, row_start[:, None] + cols[None, :], mask, softcap, HAS_SOFTCAP)
+    ds = score_gradients(
+        s, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr, weight_sum_ptr, N,
+        label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, BLOCK_N,
+    )  # fmt: skip
     out = rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(dlogits_ptr + out, ds, mask=mask_m[:, None] & mask_n[None, :])
 

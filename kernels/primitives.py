@@ -119,6 +119,45 @@ def store_rows(ptr, first, stride, M, x, BLOCK_M: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def _rounded_to_tf32(x):
+    """fp32 rounded to TF32, half away from zero as cuBLAS does. Tensor cores drop the low bits of
+    what they get, which shrinks every product alike: sums of them are then off by several times the
+    error of rounding."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _operands(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        return _rounded_to_tf32(a), _rounded_to_tf32(b)
+    else:
+        return a, b
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a b in fp32; products of fp32 in `dot_precision`, "ieee" or "tf32"."""
+    a, b = _operands(a, b, PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr, BY_TILE: tl.constexpr = True):
+    """acc + `dot(a, b)`, for sums over a whole sequence.
+
+    BY_TILE: in exact fp32 each tile is summed by itself. One chain of additions as long as the
+    sequence loses digits that a matrix product keeps, where the sum grows with its length.
+    """
+    a, b = _operands(a, b, PRECISION)
+    if PRECISION == "ieee" and BY_TILE:
+        # The last argument, which says nothing of fp32, stops the compiler from adding into acc.
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _pairs(first_row, first_col, stride, M, N, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """(offsets, mask) of a tile of an M x N matrix whose rows are `stride * UNIT` apart.

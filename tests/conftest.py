@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(config, items):
     if other:
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=other)
+    _spread_long_tests(items)
+
+
+def _spread_long_tests(items) -> None:
+    """Puts the tests marked `long` at equal distances. Workers begin with equal parts of the list,
+    and what is left at the end, for others to take over, is short."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    rest = [item for item in items if not item.get_closest_marker("long")]
+    for i, item in enumerate(long):
+        rest.insert(i * (len(items) // len(long)), item)
+    items[:] = rest
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +109,20 @@ def pytest_sessionfinish(session, exitstatus):
 def device() -> str:
     """Where the tests' tensors live: a GPU if there is one, else the CPU (interpreted kernels)."""
     return DEVICE
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """Names of the Triton kernels that a test launches, without the leading underscore."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names = []
+    for cls in (InterpretedFunction, JITFunction):
+
+        def run(self, *args, original=cls.run, **kwargs):
+            names.append(self.fn.__name__.strip("_"))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "run", run)
+    return names

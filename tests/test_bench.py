@@ -191,8 +191,9 @@ def test_csv_round_trip(rows, tmp_path):
     assert [row["provider"] for row in table] == ["torch", "fastlm-torch"]
     assert table[0]["pass"] == "forward" and float(table[0]["median_ms"]) > 0
     assert set(table[0]) >= {
-        "op", "shape", "dtype", "pass", "provider", "median_ms", "p20_ms", "p80_ms", "rate", "unit",
-        "of_ceiling", "peak_mb", "max_error", "device", "driver", "torch", "triton", "commit",
+        "op", "shape", "dtype", "pass", "provider", "median_ms", "p20_ms", "p80_ms", "host_ms",
+        "graph", "rate", "unit", "of_ceiling", "peak_mb", "max_error", "device", "driver", "torch",
+        "triton", "commit",
     }  # fmt: skip
 
 
@@ -207,11 +208,18 @@ def test_csv_is_not_appended_to_another_table(rows, tmp_path):
 def test_table_prints_the_error_beside_the_time(rows):
     header, _, ours = results.table(rows).splitlines()[1:]
     assert header.split() == [
-        "provider", "ms", "p20-p80", "vs", "torch", "GB/s", "of", "ceiling", "max", "error", "of",
-        "bound", "MB",
+        "provider", "ms", "p20-p80", "host", "vs", "torch", "GB/s", "of", "ceiling", "max", "error",
+        "of", "bound", "MB",
     ]  # fmt: skip
     cells = ours.split()
-    assert cells[0] == "fastlm-torch" and cells[3].endswith("x") and float(cells[7]) <= 1
+    assert cells[0] == "fastlm-torch" and cells[4].endswith("x") and float(cells[8]) <= 1
+    assert cells[3] == "-"  # a CPU is its own host
+
+
+def test_table_stars_a_host_time_that_is_part_of_the_gpus(rows):
+    on_gpu = [replace(rows[0], host_ms=0.25, graph=graph) for graph in (True, False)]
+    _, first, second = results.table(on_gpu).splitlines()[1:]
+    assert first.split()[3] == "0.250" and second.split()[3] == "0.250*"
 
 
 def test_summary_is_of_ratios(rows):

@@ -16,6 +16,7 @@ from golden import read_table
 UPDATE = "python tests/support/compile_gate.py --update"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 def test_compile_for(target):
     rows, problems = compile_gate.compile_target(target)

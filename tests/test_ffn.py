@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastlm.shapes import FFN_LARGE, FFN_SMALL
 from fastlm.testing import (
     LAYOUTS,
     check_against_reference,
+    check_over_draws,
     nan_filled_empty,
     randn,
     with_layout,
@@ -37,7 +39,7 @@ TORCH = {
 ACTIVATIONS = list(TORCH)
 
 
-def make_inputs(op, rows, dim, hidden, dtype, device, *, param_dtype=None):
+def make_inputs(op, rows, dim, hidden, dtype, device, *, param_dtype=None, seed=0):
     """Inputs by name; matrices are scaled so that the hidden values have deviation 1."""
     shapes = {
         "bias_act": {"x": (rows, hidden), "bias": (hidden,)},
@@ -55,7 +57,7 @@ def make_inputs(op, rows, dim, hidden, dtype, device, *, param_dtype=None):
     for i, (name, shape) in enumerate(shapes[op].items()):
         scale = shape[-1] ** -0.5 if name.startswith("w") else 1.0
         own = dtype if name in ("x", "gate", "up") else param_dtype or dtype
-        inputs[name] = randn(*shape, dtype=own, device=device, seed=i, scale=scale)
+        inputs[name] = randn(*shape, dtype=own, device=device, seed=seed + i, scale=scale)
     return inputs
 
 
@@ -63,19 +65,19 @@ def small(op, dtype=torch.float32, device="cpu"):
     return make_inputs(op, 6, 12, 20, dtype, device)
 
 
-def options_of(op):
+def options_of(op, seed=SEED):
     """One choice of every option that the operator takes."""
     options = {"activation": "gelu"}
     if op in ("bias_act", "ffn"):
-        options |= {"dropout_p": 0.25, "seed": SEED}
+        options |= {"dropout_p": 0.25, "seed": seed}
     return options
 
 
-def run_oracle(op, impl, inputs, **options):
+def run_oracle(op, impl, inputs, check=check_against_reference, **options):
     if options.get("dropout_p"):
         options["seed"] = torch.full((), SEED, device=next(iter(inputs.values())).device)
     with nan_filled_empty():
-        return check_against_reference(
+        return check(
             lambda **kw: getattr(fastlm, op)(**kw, impl=impl),
             getattr(reference, op),
             inputs,
@@ -84,9 +86,10 @@ def run_oracle(op, impl, inputs, **options):
 
 
 def grads_of(op, inputs, impl, dy=None, **options):
-    """The output and every gradient, with dy all ones unless given."""
+    """The output and every gradient, with dy all ones unless given; of the reference for None."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
-    y = getattr(fastlm, op)(**leaves, impl=impl, **options)
+    fn = partial(getattr(fastlm, op), impl=impl) if impl else getattr(reference, op)
+    y = fn(**leaves, **options)
     dy = torch.ones_like(y) if dy is None else dy
     return y, *torch.autograd.grad(y, list(leaves.values()), dy)
 
@@ -101,8 +104,11 @@ def all_equal(a, b):
 @pytest.mark.parametrize("op", OPS)
 def test_ffn_shapes(op, shape, dtype, impl, device):
     s = FFN_SMALL[shape]
-    inputs = make_inputs(op, s.rows, s.dim, s.hidden_dim, dtype, device)
-    run_oracle(op, impl, inputs, activation="gelu")
+    draw = lambda i: make_inputs(op, s.rows, s.dim, s.hidden_dim, dtype, device, seed=8 * i)
+    if (shape, dtype) == ("one", torch.float32):  # where the reference may be right by luck
+        run_oracle(op, impl, map(draw, range(64)), check_over_draws, activation="gelu")
+    else:
+        run_oracle(op, impl, draw(0), activation="gelu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -282,9 +288,7 @@ def test_ffn_draws_its_seed_from_torchs_generator(impl, device):
 @pytest.mark.parametrize("op", OPS)
 def test_ffn_gradcheck(op, activation):
     inputs = make_inputs(op, 3, 4, 5, torch.float64, "cpu")
-    options = options_of(op) | {"activation": activation}
-    if "seed" in options:
-        options["seed"] = torch.tensor(SEED)
+    options = options_of(op, torch.tensor(SEED)) | {"activation": activation}
     tensors = [t.requires_grad_() for t in inputs.values()]
     for more in ({}, {"recompute": True}) if op.endswith("ffn") else ({},):
         fn = lambda *ts, more=more: getattr(reference, op)(
@@ -334,22 +338,21 @@ def test_ffn_autocast_leaves_fp64_alone():
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
-def test_ffn_layouts_are_bitwise_equal(op, layout, impl, device):
+def test_ffn_layouts(op, layout, impl, device):
     inputs = small(op, device=device)
     y = getattr(fastlm, op)(**inputs, **options_of(op))
     dy = randn(*y.shape, device=device, seed=9)
     values = inputs | {"dy": dy}
+    options = options_of(op, torch.tensor(SEED, device=device))
+    by = lambda impl: lambda dy, **inputs: grads_of(op, inputs, impl, dy, **options)
     for what in values:
         if layout == "expanded":
             values[what] = values[what][:1].expand(values[what].shape).clone()
-        expected = grads_of(op, impl=impl, **_split(values), **options_of(op))
         changed = values | {what: with_layout(values[what], layout)}
-        actual = grads_of(op, impl=impl, **_split(changed), **options_of(op))
-        assert all_equal(actual, expected), what
-
-
-def _split(values):
-    return {"inputs": {n: t for n, t in values.items() if n != "dy"}, "dy": values["dy"]}
+        if op.endswith("ffn"):  # torch's products may have other bits for other layouts
+            check_against_reference(by(impl), by("torch"), changed, backward=False)
+        else:
+            assert all_equal(by(impl)(**changed), by(impl)(**values)), what
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -424,7 +427,7 @@ class _CountProducts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        products = ("mm", "addmm", "bmm", "matmul", "linear")
+        products = ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
         self.count += func.overloadpacket.__name__ in products
         return func(*args, **(kwargs or {}))
 
@@ -504,6 +507,8 @@ def test_ffn_compiles_fullgraph(op, dynamic, impl, device):
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     actual = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
     assert all_equal(actual, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(*leaves), run(*leaves))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

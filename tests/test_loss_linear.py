@@ -1,5 +1,6 @@
-"""linear_cross_entropy against the fp64 reference and torch."""
+"""linear_cross_entropy by the torch backend, in chunks, against the fp64 reference and torch."""
 
+import functools
 import itertools
 import re
 
@@ -20,6 +21,7 @@ from fastlm.testing import (
     with_layout,
 )
 
+linear_cross_entropy = functools.partial(fastlm.linear_cross_entropy, impl="torch")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
 OPTIONS = {
@@ -64,7 +66,7 @@ def head_inputs(
 def run_oracle(inputs, gold=reference.linear_cross_entropy, frozen=(), **options):
     with nan_filled_empty():
         return check_against_reference(
-            fastlm.linear_cross_entropy,
+            linear_cross_entropy,
             gold,
             inputs,
             frozen=("class_weight", *frozen),
@@ -75,7 +77,7 @@ def run_oracle(inputs, gold=reference.linear_cross_entropy, frozen=(), **options
 def gradients(inputs, **options):
     names = [n for n in ("x", "weight", "bias") if n in inputs]
     leaves = {n: inputs[n].detach().requires_grad_() for n in names}
-    loss = fastlm.linear_cross_entropy(**{**inputs, **leaves}, **options)
+    loss = linear_cross_entropy(**{**inputs, **leaves}, **options)
     return loss, *torch.autograd.grad(loss.sum(), list(leaves.values()))
 
 
@@ -141,7 +143,7 @@ def test_linear_cross_entropy_gradcheck(small_chunks):
     target, class_weight = inputs.pop("target"), inputs.pop("class_weight")
     leaves = [t.requires_grad_() for t in inputs.values()]
     for fn, reduction in itertools.product(
-        (fastlm.linear_cross_entropy, reference.linear_cross_entropy), REDUCTIONS
+        (linear_cross_entropy, reference.linear_cross_entropy), REDUCTIONS
     ):
         check = lambda x, weight, bias, fn=fn, reduction=reduction: fn(
             x, weight, target, bias=bias, class_weight=class_weight, label_smoothing=0.1,
@@ -167,7 +169,7 @@ def test_linear_cross_entropy_leading_dimensions(shape, device):
     inputs["x"], inputs["target"] = inputs["x"].view(*shape, 5), inputs["target"].view(shape)
     for reduction in REDUCTIONS:
         run_oracle(inputs, reduction=reduction)
-    assert fastlm.linear_cross_entropy(**inputs, reduction="none").shape == shape
+    assert linear_cross_entropy(**inputs, reduction="none").shape == shape
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -226,7 +228,7 @@ def test_linear_cross_entropy_target_outside_raises_on_cpu(outside):
     inputs["target"][3] = outside
     message = f"linear_cross_entropy: target must be ignore_index or from 0 to 8, got {outside}"
     with pytest.raises(IndexError, match=re.escape(message)):
-        fastlm.linear_cross_entropy(**inputs)
+        linear_cross_entropy(**inputs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -245,7 +247,7 @@ def test_linear_cross_entropy_layouts(what, layout, reduction, small_chunks, dev
 def test_linear_cross_entropy_expanded_incoming_gradient(small_chunks, device):
     inputs = head_inputs(9, 12, 6, torch.float32, device)
     x = inputs["x"].requires_grad_()
-    loss = fastlm.linear_cross_entropy(**inputs, reduction="none")
+    loss = linear_cross_entropy(**inputs, reduction="none")
     (summed,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
     (ones,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
     assert torch.equal(summed, ones)
@@ -258,7 +260,7 @@ def test_linear_cross_entropy_twice_and_inputs_unmodified(reduction, small_chunk
     )
     before = {n: t.clone() for n, t in inputs.items()}
     leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias")]
-    loss = fastlm.linear_cross_entropy(
+    loss = linear_cross_entropy(
         **inputs, label_smoothing=0.1, z_loss=0.1, softcap=2.0, reduction=reduction
     ).sum()
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
@@ -283,7 +285,7 @@ def test_linear_cross_entropy_frozen_weight_costs_nothing(small_chunks, device):
     inputs["x"].requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fastlm.linear_cross_entropy(**inputs)
+        linear_cross_entropy(**inputs)
     weight = inputs[
         "weight"
     ]  # itself, which the caller keeps alive anyway, but nothing of its size
@@ -298,7 +300,7 @@ def test_linear_cross_entropy_no_grad_saves_and_differentiates_nothing(monkeypat
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         with torch.no_grad():
-            loss = fastlm.linear_cross_entropy(**inputs)
+            loss = linear_cross_entropy(**inputs)
     assert not saved and not loss.requires_grad and torch.equal(loss, expected)
 
 
@@ -320,9 +322,7 @@ def test_linear_cross_entropy_autocast(dtype, reduction, small_chunks, device):
     def eager(x, weight, target, reduction):
         return F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
 
-    check_against_reference(
-        under_autocast(fastlm.linear_cross_entropy), under_autocast(eager), inputs
-    )
+    check_against_reference(under_autocast(linear_cross_entropy), under_autocast(eager), inputs)
 
 
 def test_linear_cross_entropy_fp16_gradients_do_not_underflow(device):
@@ -338,7 +338,7 @@ def test_linear_cross_entropy_fp16_gradients_do_not_underflow(device):
     def eager(x, weight, target):
         return F.cross_entropy(F.linear(x, weight), target)
 
-    actual = grads(fastlm.linear_cross_entropy, torch.float16)
+    actual = grads(linear_cross_entropy, torch.float16)
     same, gold = grads(eager, torch.float16), grads(eager, torch.float64)
     for name, *tensors in zip(("dx", "dweight"), actual, same, gold, strict=True):
         assert_close(name, *tensors)
@@ -351,8 +351,8 @@ def test_linear_cross_entropy_compiles_fullgraph(dynamic, small_chunks, device):
     leaves = [t.requires_grad_() for t in inputs.values()]
 
     def fn(x, weight, bias):
-        mean = fastlm.linear_cross_entropy(x, weight, target, bias=bias, z_loss=0.1)
-        rows = fastlm.linear_cross_entropy(x, weight, target, softcap=3.0, reduction="none")
+        mean = linear_cross_entropy(x, weight, target, bias=bias, z_loss=0.1)
+        rows = linear_cross_entropy(x, weight, target, softcap=3.0, reduction="none")
         return mean + rows.square().sum()
 
     expected = torch.autograd.grad(fn(*leaves), leaves)
@@ -389,12 +389,13 @@ X, WEIGHT, TARGET = torch.ones(2, 4), torch.ones(8, 4), torch.zeros(2, dtype=tor
      "target must have shape (...) of x (..., dim) = (2,), got (3,)"),
     ({"class_weight": torch.ones(4)}, "class_weight must have shape (vocab,) = (8,), got (4,)"),
     ({"softcap": -1}, "softcap must be None or a finite number above 0, got -1"),
-    ({"impl": "triton"},
-     "fastlm has no triton kernel for linear_cross_entropy; use impl='torch'"),
+    ({"impl": "cuda"}, "fastlm has no cuda kernel for linear_cross_entropy; use impl='torch'"),
+    ({"x": X.double(), "impl": "triton"},
+     "impl='triton' computes in fp32 and does not take a float64 x; use impl='torch'"),
 ])  # fmt: skip
 def test_linear_cross_entropy_errors(change, message):
     with pytest.raises(
         (TypeError, ValueError, NotImplementedError),
         match=re.escape(f"linear_cross_entropy: {message}"),
     ):
-        fastlm.linear_cross_entropy(**{"x": X, "weight": WEIGHT, "target": TARGET, **change})
+        linear_cross_entropy(**{"x": X, "weight": WEIGHT, "target": TARGET, **change})

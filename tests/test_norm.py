@@ -14,6 +14,7 @@ from fastlm.testing import (
     LAYOUTS,
     assert_close,
     check_against_reference,
+    check_over_draws,
     nan_filled_empty,
     randn,
     with_layout,
@@ -25,23 +26,23 @@ IMPLS = ["torch", *KERNELS]
 SEED = 0x1234_5678_9ABC_DEF0
 
 
-def norm_inputs(op, rows, cols, dtype, device, *, residual=False, param_dtype=None):
+def norm_inputs(op, rows, cols, dtype, device, *, residual=False, param_dtype=None, seed=0):
     param_dtype = param_dtype or dtype
     inputs = {
-        "x": randn(rows, cols, dtype=dtype, device=device),
-        "weight": randn(cols, dtype=param_dtype, device=device, seed=1),
+        "x": randn(rows, cols, dtype=dtype, device=device, seed=seed),
+        "weight": randn(cols, dtype=param_dtype, device=device, seed=seed + 1),
     }
     if op == "layer_norm":
-        inputs["bias"] = randn(cols, dtype=param_dtype, device=device, seed=2)
+        inputs["bias"] = randn(cols, dtype=param_dtype, device=device, seed=seed + 2)
     if residual:
-        inputs["residual"] = randn(rows, cols, dtype=dtype, device=device, seed=3)
+        inputs["residual"] = randn(rows, cols, dtype=dtype, device=device, seed=seed + 3)
     return inputs
 
 
-def run_oracle(op, impl, inputs, **options):
+def run_oracle(op, impl, inputs, check=check_against_reference, **options):
     seed = torch.full((), SEED, device=inputs["x"].device) if options.get("dropout_p") else None
     with nan_filled_empty():
-        return check_against_reference(
+        return check(
             lambda **kw: getattr(fastlm, op)(**kw, impl=impl),
             getattr(reference, op),
             inputs,
@@ -56,7 +57,15 @@ def run_oracle(op, impl, inputs, **options):
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_norm_shapes(op, shape, dtype, impl, device):
     s = NORM_SMALL[shape]
-    run_oracle(op, impl, norm_inputs(op, s.rows, s.cols, dtype, device))
+    inputs = norm_inputs(op, s.rows, s.cols, dtype, device)
+    if (shape, dtype) != ("one", torch.float32):
+        run_oracle(op, impl, inputs)
+        return
+    # dx is what is left of a cancellation, about 0: on one draw the reference may be right by luck.
+    draws = [norm_inputs(op, 1, 1, dtype, device, seed=8 * i) for i in range(64)]
+    for draw in draws:  # no x near 0, whose rstd would outweigh all others
+        draw["x"] += draw["x"].sign()
+    run_oracle(op, impl, draws, check_over_draws)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -274,18 +283,23 @@ def test_layer_norm_compiles_fullgraph(dynamic, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_norm_autocast_is_torchs(op, impl, device):
+    """fp32 on CUDA, as torch's; elsewhere, where torch has no rule, the dtype of the sum."""
     x, weight = randn(4, 20, device=device), torch.ones(20, device=device, requires_grad=True)
     run = {
         "layer_norm": lambda x: F.layer_norm(x, (20,), weight),
         "rms_norm": lambda x: F.rms_norm(x, (20,), weight),
     }[op]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        # Older versions of torch have the rule for layer_norm alone.
+        ours = device == "cpu" or op == "layer_norm" or run(x.bfloat16()).dtype == torch.float32
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast(device, dtype=torch.bfloat16):
-            expected = run(x.to(dtype))
             y, z = getattr(fastlm, op)(x.to(dtype), weight, residual=x, prenorm=True, impl=impl)
             plain = getattr(fastlm, op)(x.to(dtype), weight, impl=impl)
-        assert plain.dtype == expected.dtype
-        assert y.dtype == run(z).dtype and z.dtype == torch.float32
+            if ours:
+                assert plain.dtype == run(x.to(dtype)).dtype and y.dtype == run(z).dtype
+        assert plain.dtype == (dtype if device == "cpu" else torch.float32)
+        assert y.dtype == z.dtype == torch.float32
         y.sum().backward()
         assert weight.grad.dtype == torch.float32
 

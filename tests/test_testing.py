@@ -6,6 +6,7 @@ import torch
 from fastlm.testing import (
     LAYOUTS,
     check_against_reference,
+    check_over_draws,
     measure,
     nan_filled_empty,
     randn,
@@ -81,6 +82,20 @@ def test_check_gives_gradients_to_floating_inputs_alone():
     assert [error.name for error in errors] == ["output 0", "output 1", "dx"]
     errors = check_against_reference(fn, fn, tensors, frozen=("frozen",), backward=False, factor=3)
     assert [error.name for error in errors] == ["output 0", "output 1"]
+
+
+def test_check_over_draws_judges_the_largest_error():
+    """A reference that is exact on one draw bounds nothing there, and no error may pass for it."""
+    eps = torch.finfo(torch.float32).eps
+    draws = [{"x": torch.tensor([1.0 + i % 2])} for i in range(4)]
+    rounded = lambda x: x if x.dtype == torch.float64 else x * (1 + 8 * eps * (x.detach() > 1))
+    bad = lambda factor: lambda x: x * (1 + factor * eps)
+    with pytest.raises(AssertionError, match="output 0: error .* exceeds"):
+        check_against_reference(bad(10), rounded, draws[0])
+    errors = check_over_draws(bad(10), rounded, draws)
+    assert [error.name for error in errors] == ["output 0", "dx"]
+    with pytest.raises(AssertionError, match="output 0: error .* exceeds .*; worst at"):
+        check_over_draws(bad(40), rounded, draws)
 
 
 def test_check_keeps_the_layout_under_test():

@@ -33,6 +33,16 @@ GATED = {
 }
 HEAD = {"x": X, "weight": randn(11, 8, seed=4), "bias": randn(11, seed=5)}
 TARGET = {"target": torch.tensor([[1, 2, -100, 3, 0]] * 3)}
+MASKED_LM = {
+    "hidden": X,
+    "labels": TARGET["target"],
+    "dense_weight": randn(6, 8, seed=14),
+    "dense_bias": randn(6, seed=15),
+    "norm_weight": randn(6, seed=16),
+    "norm_bias": randn(6, seed=17),
+    "decoder_weight": randn(11, 6, seed=18),
+    "decoder_bias": randn(11, seed=19),
+}
 DROPOUT = {"dropout_p": 0.3, "seed": SEED}
 PACKED = {n: x.flatten(0, 1) for n, x in QKV.items()} | {
     "cu_seqlens_q": torch.tensor([0, 3, 8]),
@@ -71,6 +81,14 @@ CASES = {
         HEAD | TARGET,
         {"reduction": "none", "softcap": 3.0},
     ),
+    "masked_lm_loss": (loss.masked_lm_loss, MASKED_LM, {"z_loss": 0.1}),
+    "masked_lm_loss-none": (loss.masked_lm_loss, MASKED_LM, {"reduction": "none"}),
+    "next_sentence_loss": (
+        loss.next_sentence_loss,
+        {"hidden": X, "labels": TARGET["target"][:, 2], "weight": HEAD["weight"]}
+        | {"pooler_weight": randn(8, 8, seed=14)},
+        {},
+    ),
     "attention": (attention.attention, QKV, {}),
     "attention-window": (
         attention.attention,
@@ -98,19 +116,35 @@ CASES = {
         {"x": QKV["q"], "cos": randn(4, 3, seed=4), "sin": randn(4, 3, seed=5)},
         {},
     ),
+    "rotary-packed": (
+        rotary.rotary,
+        {"x": PACKED["k"], "cos": randn(4, 3, seed=4), "sin": randn(4, 3, seed=5)},
+        {"interleaved": True, "positions": torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 0, 1])},
+    ),
     "embedding": (
         embedding.embedding,
         {"ids": TARGET["target"].clamp(min=0), "token_weight": RESIDUAL[0], "norm_weight": WEIGHT},
         DROPOUT,
     ),
+    "embedding-tables": (
+        embedding.embedding,
+        {
+            "ids": TARGET["target"].clamp(min=0),
+            "token_weight": RESIDUAL[0],
+            "position_weight": RESIDUAL[1],
+            "type_weight": RESIDUAL[2],
+            "norm_weight": WEIGHT,
+            "norm_bias": BIAS,
+        },
+        {"type_ids": torch.tensor([0, 1, 1, 3, 0]), "padding_idx": 1} | DROPOUT,
+    ),
 }
-TORCH_ALONE = ("linear_cross_entropy", "rotary", "embedding")
 WITH_CUDA = ("layer_norm", "rms_norm", "bias_act", "glu", "ffn", "gated_ffn")
 
 
 def backends_of(op):
     kernels = ("triton", "cuda") if op in WITH_CUDA else ("triton",)
-    return ("torch",) if op in TORCH_ALONE else (*kernels, "torch")
+    return *kernels, "torch"
 
 
 CALLS = [(name, impl) for name in CASES for impl in backends_of(name.split("-")[0])]
@@ -196,7 +230,8 @@ def test_torch_func_grad_of_grad(name, impl, device):
 
 # One case for each kind of autograd function
 TRANSFORMED = ["layer_norm-all", "glu", "ffn", "gated_ffn", "cross_entropy", "attention-window",
-               "attention_varlen", "linear_cross_entropy"]  # fmt: skip
+               "attention_varlen", "linear_cross_entropy", "masked_lm_loss", "rotary",
+               "embedding"]  # fmt: skip
 
 
 def along_first(run, tensors):

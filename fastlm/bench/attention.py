@@ -18,9 +18,8 @@ import torch
 
 import fastlm
 from fastlm import shapes
-from fastlm.bench.case import Case, Slices, Work, make_case
+from fastlm.bench.case import Case, Slices, Work, make_case, randn
 from fastlm.bench.dense import Dense
-from fastlm.testing import randn
 
 
 @dataclass(frozen=True)
@@ -237,11 +236,7 @@ def _add_biases(o: Variant, s, tensors, options, device, dtype) -> None:
     longest = [options.get(f"max_seqlen_{side}", n) for side, n in
                (("q", s.seqlen_q), ("k", s.seqlen_k))]  # fmt: skip
     if o.bias == "heads":
-        # Drawn on the device: a bias of gigabytes would take the CPU longer than all the rest.
-        generator = torch.Generator(device).manual_seed(4)
-        tensors["bias"] = torch.randn(
-            1, s.nheads, *longest, generator=generator, dtype=dtype, device=device
-        )
+        tensors["bias"] = randn(1, s.nheads, *longest, dtype=dtype, device=device, seed=4)
     elif o.bias == "keys":
         tensors["bias"] = randn(s.batch, 1, 1, s.seqlen_k, dtype=dtype, device=device, seed=4)
     if o.relative:

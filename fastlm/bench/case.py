@@ -97,6 +97,12 @@ class Case:
         return x.requires_grad_(self.differentiates(name))
 
 
+def randn(*shape: int, dtype=torch.float32, device="cpu", seed=0, scale=1.0) -> torch.Tensor:
+    """A normal tensor, drawn where it is used: on a GPU in no time, however large."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+
 def make_case(
     family: str,
     shape: str,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlm.bench.case import Case
-from fastlm.testing import Error, measure, randn
+from fastlm.bench.case import Case, randn
+from fastlm.testing import Error, measure
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Oracle:
         inputs = case.inputs()
         out = provider(**inputs)
         if self.grad is None and self.wanted:
-            self.grad = randn(*out.shape, seed=99).to(out.device, out.dtype)
+            self.grad = randn(*out.shape, dtype=out.dtype, device=out.device, seed=99)
         actual = self._with_gradients(out, inputs, self.grad)
         if self._expected is None:
             self._expected = self._reference(None), self._reference(torch.float64)

@@ -22,6 +22,8 @@ class Row:
     median_ms: float
     p20_ms: float
     p80_ms: float
+    host_ms: float | None  # on a GPU: until the call returned
+    graph: bool  # the GPU's time is that of a CUDA graph, without the host's
     speedup: float | None  # torch's median over this one's; None where torch was not timed
     rate: float
     unit: str  # of rate: TFLOP/s or GB/s
@@ -70,7 +72,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text, a block for every case and pass; "vs torch" above 1 is faster than torch."""
+    """Rows as text, a block for every case and pass; "vs torch" above 1 is faster than torch.
+
+    "host" is the CPU's time for a call to a GPU; with a star the GPU's time holds it too, because
+    no CUDA graph could be made of the call.
+    """
     width = max([len(row.provider) for row in rows], default=0)
     lines, block = [], None
     for row in rows:
@@ -78,7 +84,7 @@ def table(rows: Sequence[Row]) -> str:
             block = (row.op, row.shape, row.dtype, row.direction)
             lines += ["", f"{row.op}  {row.shape}  {row.dtype}  {row.direction}"]
             lines.append(
-                f"  {'provider':<{width}}{'ms':>10}{'p20-p80':>20}{'vs torch':>10}"
+                f"  {'provider':<{width}}{'ms':>10}{'p20-p80':>20}{'host':>8}{'vs torch':>10}"
                 f"{row.unit:>10}{'of ceiling':>12}{'max error':>11}{'of bound':>10}"
                 f"{'MB':>9}"
             )
@@ -86,8 +92,9 @@ def table(rows: Sequence[Row]) -> str:
         bound = f"{row.of_bound:.2f}{'!' if row.of_bound > 1 else ''}"
         speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
         peak = "-" if row.peak_mb is None else f"{row.peak_mb:.1f}"
+        host = "-" if row.host_ms is None else f"{row.host_ms:.3f}{'' if row.graph else '*'}"
         lines.append(
-            f"  {row.provider:<{width}}{row.median_ms:>10.3f}{spread:>20}{speedup:>10}"
+            f"  {row.provider:<{width}}{row.median_ms:>10.3f}{spread:>20}{host:>8}{speedup:>10}"
             f"{row.rate:>10.3g}{row.of_ceiling:>12.0%}{row.max_error:>11.1e}{bound:>10}"
             f"{peak:>9}"
         )

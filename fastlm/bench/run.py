@@ -108,9 +108,9 @@ def _rows(
         rows.append(
             Row(
                 case.op, case.shape, str(case.dtype).removeprefix("torch."), direction, name,
-                time.median, time.p20, time.p80, speedup, rate, case.work.unit, rate / top, peak,
-                verdict.error, verdict.of_bound, machine.device, machine.driver, machine.torch,
-                machine.triton, machine.commit,
+                time.median, time.p20, time.p80, time.host, time.graph, speedup, rate,
+                case.work.unit, rate / top, peak, verdict.error, verdict.of_bound, machine.device,
+                machine.driver, machine.torch, machine.triton, machine.commit,
             )
         )  # fmt: skip
     return rows

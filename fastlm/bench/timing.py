@@ -15,11 +15,18 @@ _MIN_SAMPLES, _MAX_SAMPLES = 5, 200
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call."""
+    """Milliseconds of one call.
+
+    Attributes:
+        host: on a GPU, until the call returned, with the GPU still at work; None on a CPU.
+        graph: whether the GPU's times are those of a CUDA graph's replay.
+    """
 
     median: float
     p20: float
     p80: float
+    host: float | None = None
+    graph: bool = False
 
 
 def measure(
@@ -30,7 +37,9 @@ def measure(
     Args:
         calls: by provider.
         device: a GPU is timed by events with its L2 cache flushed before each call
-            (`triton.testing.do_bench`), a CPU by the clock.
+            (`triton.testing.do_bench`), a CPU by the clock. A call that a CUDA graph can hold is
+            timed as its replay, for the time that the GPU takes; how long the CPU takes to launch
+            it is measured by itself.
         seconds: about how long to sample each call.
     """
     if device.type == "cuda":
@@ -55,11 +64,45 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
 def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
     from triton.testing import do_bench
 
-    time.sleep(0.1)  # lets the clocks recover from the provider before
+    host = _host_time(call)
+    graph = _captured(call)
+    timed = call if graph is None else graph.replay
     median, p20, p80 = do_bench(
-        call, warmup=50, rep=round(seconds * 1e3), quantiles=[0.5, 0.2, 0.8]
+        timed, warmup=25, rep=round(seconds * 1e3), quantiles=[0.5, 0.2, 0.8]
     )
-    return Times(median, p20, p80)
+    return Times(median, p20, p80, host, graph is not None)
+
+
+def _host_time(call: Callable[[], object]) -> float:
+    """Milliseconds until a call returns; few in a row, or the launch queue would fill up."""
+    samples = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        samples.append(_clock(call, 3) * 1e3)
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of a call; None where the call waits for the GPU, which no graph can hold."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+        torch.cuda.set_sync_debug_mode(mode)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return graph
 
 
 def _on_cpu(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:

@@ -18,6 +18,7 @@ def sample_calls(device: torch.device) -> dict[str, Callable[[], Call]]:
     packed = lambda: (rand(16, 4, 64), rand(16, 4, 64), rand(16, 4, 64))
     lse = lambda: torch.zeros(2, 4, 16, device=device)
     weights = lambda: (rand(256, 64), rand(256), rand(64, 256), rand(64))
+    transform = lambda: (rand(8, 64), rand(8), rand(8), rand(8))
     gated = lambda: (rand(256, 64), rand(256, 64), rand(64, 256))
     return {
         "attention": lambda: (qkv(), {"causal": True}),
@@ -33,6 +34,8 @@ def sample_calls(device: torch.device) -> dict[str, Callable[[], Call]]:
         "glu": lambda: ((rand(32, 256), rand(32, 256)), {}),
         "layer_norm": lambda: ((rand(32, 64), rand(64), rand(64)), {}),
         "linear_cross_entropy": lambda: ((rand(32, 64), rand(256, 64), ids.flatten()), {}),
+        "masked_lm_loss": lambda: ((rand(32, 64), ids.flatten(), *transform(), rand(256, 8)), {}),
+        "next_sentence_loss": lambda: ((rand(2, 64), ids[:, 0], rand(2, 64), rand(2)), {}),
         "rms_norm": lambda: ((rand(32, 64), rand(64)), {}),
         "rotary": lambda: ((rand(2, 16, 4, 64), rand(16, 32), rand(16, 32)), {}),
         "scaled_dot_product_attention": lambda: (qkv(), {"causal": "top_left"}),

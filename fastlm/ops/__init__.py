@@ -5,6 +5,7 @@ from fastlm.ops.attention_variants import attention_decode, attention_varlen, at
 from fastlm.ops.embedding import embedding
 from fastlm.ops.ffn import bias_act, ffn, gated_ffn, glu
 from fastlm.ops.loss import cross_entropy, linear_cross_entropy
+from fastlm.ops.masked_lm import masked_lm_loss, next_sentence_loss
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.rotary import rotary
 from fastlm.ops.sdpa import scaled_dot_product_attention
@@ -24,6 +25,8 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear_cross_entropy",
+    "masked_lm_loss",
+    "next_sentence_loss",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

@@ -1,6 +1,8 @@
 """Contracts of bias_act and glu, and the autograd functions over them.
 
-The last input of each function is the backend whose contracts it calls.
+The last input of each function but `way` is the backend whose contracts it calls. `forward` names
+its inputs one by one: where nothing takes a gradient, torch.compile tells by their number that it
+has no `ctx`.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from fastlm.ops._ffn_matmul import ffn_down_bwd, ffn_up, gated_down_bwd, gated_up, library_up
 from fastlm.ops._library import contract, cuda_contract, unwanted
 from fastlm.ops._rows import as_rows, in_shape, viewed_as
-from fastlm.ops._transforms import gradients
+from fastlm.ops._transforms import gradients, in_create_graph
 from fastlm.reference import ffn as reference
 
 
@@ -111,10 +114,9 @@ class BiasAct(torch.autograd.Function):
     """(x, bias, seed, activation, dropout_p, impl) -> y."""
 
     @staticmethod
-    def forward(*inputs):
-        x, *rest, impl = inputs
+    def forward(x, bias, seed, activation, dropout_p, impl):
         forward, _ = _BIAS_ACT[impl]
-        return in_shape(forward(as_rows(x), *rest), x.shape)
+        return in_shape(forward(as_rows(x), bias, seed, activation, dropout_p), x.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,8 +152,7 @@ class Glu(torch.autograd.Function):
     """(gate, up, activation, impl) -> y."""
 
     @staticmethod
-    def forward(*inputs):
-        gate, up, activation, impl = inputs
+    def forward(gate, up, activation, impl):
         forward, _ = _GLU[impl]
         return in_shape(forward(as_rows(gate), as_rows(up), activation), gate.shape)
 
@@ -181,101 +182,126 @@ def _glu_reference(inputs, kept, options):
 
 
 class Ffn(torch.autograd.Function):
-    """(x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, impl) -> (y, h), or (y,) if
-    recomputing.
+    """(x, w1, b1, w2, b2, seed, activation, dropout_p, keep, impl, way) -> (y, z), or (y,) without
+    `keep`.
 
-    The weights have x's dtype. Saves x where w1 trains, and h = x w1^T unless recomputing; h is an
-    output so that gradients of gradients reach x through it.
+    The weights have x's dtype. Saves x where w1 trains, and z = x w1^T + b1 with `keep`, else x to
+    compute it again; z is an output so that gradients of gradients reach x through it. With b1 in
+    it z keeps its sign when it is rounded, and relu its derivative. `way`: see _ffn_matmul.py.
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, impl = inputs
-        forward, _ = _BIAS_ACT[impl]
-        h = as_rows(F.linear(x, w1))
-        a = forward(h, b1, seed, activation, dropout_p)
-        y = F.linear(a, w2, None if b2 is None else b2.to(a.dtype))
-        return in_shape(y, (*x.shape[:-1], w2.shape[0])), *([] if recompute else [h])
+    def forward(x, w1, b1, w2, b2, seed, activation, dropout_p, keep, impl, way):
+        a, *z = _ffn_hidden(impl, way, as_rows(x), w1, b1, seed, activation, dropout_p, keep)
+        y = _linear(a, w2, b2)
+        return in_shape(y, (*x.shape[:-1], w2.shape[0])), *z
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w1, b1, w2, b2, seed, activation, dropout_p, recompute, ctx.impl = inputs
+        x, w1, b1, w2, b2, seed, activation, dropout_p, keep, ctx.impl, ctx.way = inputs
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
-        need_h = need_x or need_w1 or need_b1 or need_w2
+        need_z = need_x or need_w1 or need_b1 or need_w2
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.options = x.shape, (activation, dropout_p)
         ctx.b2_dtype = b2.dtype if need_b2 else None
         ctx.save_for_backward(
-            x if need_w1 or (need_h and recompute) else None,
-            output[1] if need_h and not recompute else None,
+            x if need_w1 or (need_z and not keep) else None,
+            output[1] if need_z and keep else None,
             w1, b1, w2, seed,
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx, dy, dh=None):
-        x, h, w1, b1, w2, seed = ctx.saved_tensors
+    def backward(ctx, dy, dz=None):
+        x, z, w1, b1, w2, seed = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         needs = need_x or need_w1, need_b1, need_w2
         x = None if x is None else as_rows(x)
-        dx = dw1 = db1 = dw2 = db2 = None
+        dx = dw1 = dw2 = db2 = None
+        db1 = dz.sum(0, dtype=b1.dtype) if need_b1 and dz is not None else None
         if dy is not None:
             dy = as_rows(dy)
             if any(needs):
-                h = F.linear(x, w1) if h is None else h
+                z = _ffn_product(ctx.way, x, w1, b1, ctx.options[0]) if z is None else z
+                # z holds b1: what is differentiated is one of zeros beside it.
+                zeros = torch.zeros_like(b1) if need_b1 else None
                 tail = gradients(
-                    partial(_ffn_tail_gradients, ctx.impl), _ffn_tail_reference, (dy,),
-                    (h, b1, w2), (seed,), ctx.options, needs,
+                    partial(_ffn_tail_gradients, ctx.impl, ctx.way), _ffn_tail_reference, (dy,),
+                    (z, zeros, w2), (seed,), ctx.options, needs,
                 )  # fmt: skip
-                dh, db1, dw2 = _sum(dh, tail[0]), *tail[1:]
+                dz, db1, dw2 = _sum(dz, tail[0]), _sum(db1, tail[1]), tail[2]
             db2 = dy.sum(0, dtype=ctx.b2_dtype) if need_b2 else None
-        if dh is not None:
-            dx = (dh @ w1).view(ctx.shape) if need_x else None
-            dw1 = dh.t() @ x if need_w1 else None
-        return dx, dw1, db1, dw2, db2, *[None] * 5
+        if dz is not None:
+            dx = (dz @ w1).view(ctx.shape) if need_x else None
+            dw1 = dz.t() @ x if need_w1 else None
+        return dx, dw1, db1, dw2, db2, *[None] * 6
 
 
-def _ffn_tail_gradients(impl, incoming, inputs, kept, options, needs):
-    """Of h, b1 and w2 in dropout(activation(h + b1)) w2^T."""
-    (dy,), (h, b1, w2), (seed,) = incoming, inputs, kept
-    need_h, need_b1, need_w2 = needs
-    forward, backward = _BIAS_ACT[impl]
-    dh = db1 = None
-    if need_h or need_b1:
-        dh, db1, a = backward(dy @ w2, h, b1, seed, *options, *needs)
+def _linear(x, weight, bias):
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _ffn_hidden(impl, way, x, w1, b1, seed, activation, dropout_p, keep):
+    """(dropout(activation(z)), z = x w1^T + b1), the first alone without `keep`."""
+    if way == "epilogue":
+        z, a = ffn_up(x, w1, b1, seed, activation, dropout_p, keep, True)
+    elif way == "cublaslt":
+        return (library_up(x, w1, b1, activation),)
     else:
-        a = forward(h, b1, seed, *options)
-    return dh if need_h else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
+        forward, _ = _BIAS_ACT[impl]
+        z = _linear(x, w1, b1)
+        a = forward(z, None, seed, activation, dropout_p)
+    return (a, z) if keep else (a,)
+
+
+def _ffn_product(way, x, w1, b1, activation):
+    """x w1^T + b1, with the bits that `_ffn_hidden` gives it."""
+    if way == "epilogue" and not in_create_graph():
+        return ffn_up(x, w1, b1, None, activation, 0.0, True, False)[0]
+    return _linear(x, w1, b1)
+
+
+def _ffn_tail_gradients(impl, way, incoming, inputs, kept, options, needs):
+    """Of z, zeros and w2 in dropout(activation(z + zeros)) w2^T."""
+    (dy,), (z, zeros, w2), (seed,) = incoming, inputs, kept
+    need_z, need_b1, need_w2 = needs
+    forward, backward = _BIAS_ACT[impl]
+    dz = db1 = None
+    if not (need_z or need_b1):
+        a = forward(z, None, seed, *options)
+    elif way == "epilogue":
+        db1_dtype = zeros.dtype if need_b1 else None
+        dz, db1, a = ffn_down_bwd(dy, w2, z, seed, *options, need_z, db1_dtype, need_w2)
+    else:
+        dz, db1, a = backward(dy @ w2, z, zeros, seed, *options, *needs)
+    return dz if need_z else None, db1 if need_b1 else None, dy.t() @ a if need_w2 else None
 
 
 def _ffn_tail_reference(inputs, kept, options):
-    h, b1, w2 = inputs
-    return (F.linear(*_bias_act_reference((h, b1), kept, options), w2),)
+    z, zeros, w2 = inputs
+    return (F.linear(*_bias_act_reference((z, zeros), kept, options), w2),)
 
 
 class GatedFfn(torch.autograd.Function):
-    """(x, w_gate, w_up, w_down, activation, recompute, impl) -> (y, gate, up), or (y,) if
-    recomputing.
+    """(x, w_gate, w_up, w_down, activation, keep, impl, way) -> (y, gate, up), or (y,) without
+    `keep`.
 
     As `Ffn`; the products with w_gate and w_up are what it keeps or computes again.
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, w_gate, w_up, w_down, activation, recompute, impl = inputs
-        forward, _ = _GLU[impl]
-        gate, up = as_rows(F.linear(x, w_gate)), as_rows(F.linear(x, w_up))
-        y = F.linear(forward(gate, up, activation), w_down)
-        y = in_shape(y, (*x.shape[:-1], w_down.shape[0]))
-        return (y,) if recompute else (y, gate, up)
+    def forward(x, w_gate, w_up, w_down, activation, keep, impl, way):
+        a, *products = _gated_hidden(impl, way, as_rows(x), w_gate, w_up, activation, keep)
+        y = F.linear(a, w_down)
+        return in_shape(y, (*x.shape[:-1], w_down.shape[0])), *products
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w_gate, w_up, w_down, ctx.activation, recompute, ctx.impl = inputs
+        x, w_gate, w_up, w_down, ctx.activation, keep, ctx.impl, ctx.way = inputs
         need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
-        keep_x = need_gate or need_up or recompute
-        products = (None, None) if recompute else output[1:]
+        keep_x = need_gate or need_up or not keep
+        products = output[1:] if keep else (None, None)
         ctx.save_for_backward(x if keep_x else None, *products, w_gate, w_up, w_down)
 
     @staticmethod
@@ -287,30 +313,52 @@ class GatedFfn(torch.autograd.Function):
         x = None if x is None else as_rows(x)
         if dy is not None:
             if gate is None:
-                gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+                gate, up = _gated_products(ctx.way, x, w_gate, w_up, ctx.activation)
             *tail, dw_down = gradients(
-                partial(_gated_tail_gradients, ctx.impl), _gated_tail_reference, (as_rows(dy),),
-                (gate, up, w_down), (), (ctx.activation,), needs,
+                partial(_gated_tail_gradients, ctx.impl, ctx.way), _gated_tail_reference,
+                (as_rows(dy),), (gate, up, w_down), (), (ctx.activation,), needs,
             )  # fmt: skip
             dgate, dup = _sum(dgate, tail[0]), _sum(dup, tail[1])
-        parts = [d @ w for d, w in ((dgate, w_gate), (dup, w_up)) if need_x and d is not None]
-        dx = parts[0] if len(parts) == 1 else parts[0].add_(parts[1]) if parts else None
-        dx = None if dx is None else dx.view(ctx.shape)
+        parts = [(d, w) for d, w in ((dgate, w_gate), (dup, w_up)) if need_x and d is not None]
+        dx = None
+        if parts:
+            dx = parts[0][0] @ parts[0][1]
+            dx = (dx.addmm_(*parts[1]) if len(parts) == 2 else dx).view(ctx.shape)
         dw_gate = dgate.t() @ x if need_gate and dgate is not None else None
         dw_up = dup.t() @ x if need_up and dup is not None else None
-        return dx, dw_gate, dw_up, dw_down, None, None, None
+        return dx, dw_gate, dw_up, dw_down, *[None] * 4
 
 
-def _gated_tail_gradients(impl, incoming, inputs, kept, options, needs):
+def _gated_hidden(impl, way, x, w_gate, w_up, activation, keep):
+    """(activation(gate) * up, gate, up), the first alone without `keep`."""
+    if way == "epilogue":
+        gate, up, a = gated_up(x, w_gate, w_up, activation, keep, True)
+    else:
+        forward, _ = _GLU[impl]
+        gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+        a = forward(gate, up, activation)
+    return (a, gate, up) if keep else (a,)
+
+
+def _gated_products(way, x, w_gate, w_up, activation):
+    """(x w_gate^T, x w_up^T), with the bits that `_gated_hidden` gives them."""
+    if way == "epilogue" and not in_create_graph():
+        return gated_up(x, w_gate, w_up, activation, True, False)[:2]
+    return F.linear(x, w_gate), F.linear(x, w_up)
+
+
+def _gated_tail_gradients(impl, way, incoming, inputs, kept, options, needs):
     """Of gate, up and w_down in (activation(gate) * up) w_down^T."""
     (dy,), (gate, up, w_down) = incoming, inputs
     need_gate, need_up, need_down = needs
     forward, backward = _GLU[impl]
     dgate = dup = None
-    if need_gate or need_up:
-        dgate, dup, a = backward(dy @ w_down, gate, up, *options, *needs)
-    else:
+    if not (need_gate or need_up):
         a = forward(gate, up, *options)
+    elif way == "epilogue":
+        dgate, dup, a = gated_down_bwd(dy, w_down, gate, up, *options, *needs)
+    else:
+        dgate, dup, a = backward(dy @ w_down, gate, up, *options, *needs)
     return dgate if need_gate else None, dup if need_up else None, dy.t() @ a if need_down else None
 
 

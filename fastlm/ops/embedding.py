@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
@@ -14,9 +16,172 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
+from fastlm.ops._library import contract
+from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference.embedding import embedding as _reference
 
-_BACKENDS = {"torch": supports_all}
+_TABLES = ("token_weight", "position_weight", "type_weight", "norm_weight", "norm_bias")
+
+
+def _embedding_fwd_fake(
+    ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight, norm_bias,
+    seed, eps, dropout_p,
+):  # fmt: skip
+    rows = ids.numel()
+    stats = 0 if norm_weight is None else rows
+    return (
+        token_weight.new_empty((rows, token_weight.shape[1])),
+        token_weight.new_empty(stats, dtype=torch.float32),
+        token_weight.new_empty(stats, dtype=torch.float32),
+    )
+
+
+@contract(_embedding_fwd_fake)
+def embedding_fwd(
+    ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    type_ids: torch.Tensor | None,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor | None,
+    type_weight: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import embedding
+
+    return embedding.embedding_fwd(
+        ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight,
+        norm_bias, seed, eps, dropout_p,
+    )  # fmt: skip
+
+
+def _embedding_bwd_fake(
+    dy, ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight, mean,
+    rstd, seed, dropout_p, padding_idx, table_rows, *dtypes,
+):  # fmt: skip
+    dim = dy.shape[1]
+    shapes = [(rows, dim) for rows in table_rows] + [(dim,), (dim,)]
+    return tuple(
+        dy.new_empty((0,) if dtype is None else shape, dtype=dtype or torch.float32)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+
+
+@contract(_embedding_bwd_fake)
+def embedding_bwd(
+    dy: torch.Tensor,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    type_ids: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    position_weight: torch.Tensor | None,
+    type_weight: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    padding_idx: int,
+    table_rows: Sequence[int],
+    token_dtype: torch.dtype | None,
+    position_dtype: torch.dtype | None,
+    type_dtype: torch.dtype | None,
+    norm_weight_dtype: torch.dtype | None,
+    norm_bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import embedding
+
+    return embedding.embedding_bwd(
+        dy, ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight,
+        mean, rstd, seed, dropout_p, padding_idx, table_rows, token_dtype, position_dtype,
+        type_dtype, norm_weight_dtype, norm_bias_dtype,
+    )  # fmt: skip
+
+
+class _Embedding(torch.autograd.Function):
+    """(ids, positions, type_ids, 5 tables, seed, eps, dropout_p, padding_idx) -> (y, mean, rstd).
+
+    With LayerNorm the tables are saved, to look the sum up again; without it, indices alone.
+    """
+
+    @staticmethod
+    def forward(*inputs):
+        *indices, token_weight = inputs[:4]
+        vectors = (None if v is None else v.contiguous() for v in inputs[6:8])
+        y, mean, rstd = embedding_fwd(*_flat(*indices), *inputs[3:6], *vectors, *inputs[8:-1])
+        return in_shape(y, (*indices[0].shape, token_weight.shape[1])), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *indices_and_tables, seed, ctx.eps, ctx.dropout_p, ctx.padding_idx = inputs
+        indices, tables = indices_and_tables[:3], indices_and_tables[3:]
+        _, mean, rstd = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in tables]
+        if tables[3] is None:
+            tables = [None] * 5
+        ctx.save_for_backward(*indices, *tables, mean, rstd, seed)
+
+    @staticmethod
+    def backward(ctx, dy, _mean, _rstd):
+        if dy is None:
+            return (None,) * 12
+        indices, tables = ctx.saved_tensors[:3], ctx.saved_tensors[3:8]
+        if tables[3] is None:  # without LayerNorm only shapes and dtypes count: no memory
+            new = lambda shape, dtype: dy.new_zeros((), dtype=dtype).expand(shape)
+            tables = [None if like is None else new(*like) for like in ctx.like]
+        grads = gradients(
+            _gradients, _differentiable, (dy,), tables, (*indices, *ctx.saved_tensors[8:]),
+            (ctx.eps, ctx.dropout_p, ctx.padding_idx), ctx.needs_input_grad[3:8],
+        )  # fmt: skip
+        return None, None, None, *grads, None, None, None, None
+
+
+def _flat(ids, positions, type_ids):
+    """As the kernels take them: ids (batch, seqlen), the others as well or (seqlen,)."""
+    others = (x if x is None or x.dim() == 1 else as_rows(x) for x in (positions, type_ids))
+    return as_rows(ids), *others
+
+
+def _gradients(incoming, inputs, kept, options, needs):
+    *indices, mean, rstd, seed = kept
+    _, dropout_p, padding_idx = options
+    tables, norm_weight = inputs[:3], inputs[3]
+    wanted = [t.dtype if n else None for t, n in zip(inputs, needs, strict=True)]
+    grads = embedding_bwd(
+        as_rows(incoming[0]), *_flat(*indices),
+        *([None] * 4 if norm_weight is None else (*tables, norm_weight.contiguous())),
+        mean, rstd, seed,
+        dropout_p, padding_idx, [0 if t is None else t.shape[0] for t in tables], *wanted,
+    )  # fmt: skip
+    return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
+
+
+def _differentiable(inputs, kept, options):
+    ids, positions, type_ids, *_, seed = kept
+    eps, dropout_p, padding_idx = options
+    y = _reference(
+        ids, positions=positions, type_ids=type_ids, seed=seed, eps=eps, dropout_p=dropout_p,
+        padding_idx=None if padding_idx < 0 else padding_idx,
+        **dict(zip(_TABLES, inputs, strict=True)),
+    )  # fmt: skip
+    return (y,)
+
+
+def _kernels_refuse(tables) -> str | None:
+    for name, t in zip(_TABLES, tables, strict=True):
+        if t is not None and t.dtype == torch.float64:
+            return f"computes in fp32 and does not take a float64 {name}"
+    return TRANSFORM_REFUSAL if in_transform() else None
+
+
+# The kernels first: one pass over memory where torch composes five.
+_BACKENDS = {"triton": _kernels_refuse, "torch": supports_all}
 
 
 def embedding(
@@ -29,6 +194,7 @@ def embedding(
     type_weight: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
+    padding_idx: int | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
@@ -38,13 +204,16 @@ def embedding(
 
     Args:
         ids: (..., seqlen), int64 or int32. An id outside its table, here and below, is an error on
-            a CPU and a failed device assertion on a GPU.
+            a CPU; on a GPU it is NaN for that token by the kernels, and a failed device assertion
+            by the torch backend.
         token_weight: (vocab, dim), any floating dtype.
         positions: ids' shape, or (seqlen,), int64 or int32; None is 0, 1, ...
         position_weight: (max_seqlen, dim); None adds no positions.
         type_ids: as `positions`; None is type 0 everywhere.
         type_weight: (num_types, dim); None adds no types.
         norm_weight, norm_bias: (dim,); without norm_weight there is no LayerNorm.
+        padding_idx: a row of token_weight, negative ones counted from the end, that is read like
+            the others and has gradient 0, as in `torch.nn.Embedding`; None is none.
         eps: of the LayerNorm, added to the variance; the default is BERT's.
         dropout_p: probability of dropping an element of the result; 0 in evaluation.
         seed: of the dropout mask; None draws one from torch's generator.
@@ -52,7 +221,8 @@ def embedding(
 
     Returns:
         (..., seqlen, dim) in token_weight's dtype; sums, statistics and dropout are computed in
-        fp32 and rounded once. Differentiable in every weight and in norm_bias.
+        fp32 and rounded once. Differentiable in every weight and in norm_bias, with the same bits
+        from the same inputs; gradients of tables are dense.
 
     Raises:
         TypeError, ValueError: types, shapes, dtypes, devices or values that do not fit.
@@ -86,12 +256,30 @@ def embedding(
     if norm_bias is not None and norm_weight is None:
         raise fail(op, "norm_weight", "be given with norm_bias", None)
     require_probability(op, "dropout_p", dropout_p)
-    choose(op, impl, _BACKENDS, ids.device)
-    return _reference(
-        ids, token_weight, positions=positions, position_weight=position_weight, type_ids=type_ids,
-        type_weight=type_weight, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-        dropout_p=dropout_p, seed=make_seed(op, seed, dropout_p, ids.device),
-    )  # fmt: skip
+    vocab = token_weight.shape[0]
+    if padding_idx is not None:
+        _check_padding(op, padding_idx, vocab)
+    tables = (token_weight, position_weight, type_weight, norm_weight, norm_bias)
+    backend = choose(op, impl, _BACKENDS, ids.device, tables)
+    seed = make_seed(op, seed, dropout_p, ids.device)
+    if backend == "torch":
+        return _reference(
+            ids, positions=positions, type_ids=type_ids, eps=eps, dropout_p=dropout_p, seed=seed,
+            padding_idx=padding_idx, **dict(zip(_TABLES, tables, strict=True)),
+        )  # fmt: skip
+    padding_idx = -1 if padding_idx is None else padding_idx % vocab
+    y, _, _ = _Embedding.apply(
+        ids, positions, type_ids, *tables, seed, float(eps), float(dropout_p), padding_idx
+    )
+    return y
+
+
+def _check_padding(op, padding_idx, vocab) -> None:
+    constraint = f"be an integer from {-vocab} to {vocab - 1}"
+    if not isinstance(padding_idx, int) or isinstance(padding_idx, bool):
+        raise fail(op, "padding_idx", constraint, type(padding_idx).__name__, TypeError)
+    if not -vocab <= padding_idx < vocab:
+        raise fail(op, "padding_idx", constraint, padding_idx)
 
 
 def _check_ids(op, name, index, ids) -> None:

@@ -16,6 +16,7 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
+from fastlm.ops._ffn_matmul import WAYS, choose_way, library_has
 from fastlm.ops._library import apply
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
 from fastlm.reference import ffn as reference
@@ -109,8 +110,10 @@ def ffn(
 ) -> torch.Tensor:
     """dropout(activation(x w1^T + b1)) w2^T + b2, the Transformer's feed-forward block.
 
-    The matrix products are torch's; bias, activation and dropout are one kernel between them. The
-    backward pass keeps x and x w1^T, with `recompute` x alone; frozen weights cost nothing.
+    The matrix products are torch's, and bias, activation and dropout one kernel between them; or,
+    where that was measured to be faster, they are in the products' epilogues (`fastlm.explain` says
+    which). The backward pass keeps x and x w1^T + b1, with `recompute` x alone; frozen weights cost
+    nothing.
 
     Args:
         x: (..., dim), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
@@ -131,6 +134,14 @@ def ffn(
 
     Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, section 3.3.
     """
+    return ffn_by(
+        None, x, w1, b1, w2, b2,
+        activation=activation, dropout_p=dropout_p, seed=seed, recompute=recompute, impl=impl,
+    )  # fmt: skip
+
+
+def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, recompute, impl):
+    """`ffn`, its products forced to go a way of `WAYS`: for tests and benchmarks."""
     _check_input("ffn", "x", x)
     _check_weight("ffn", "w1", w1, x, x.shape[-1], ("hidden_dim", "dim"))
     _check_bias("ffn", "b1", b1, x, w1.shape[0], "(hidden_dim,)")
@@ -140,8 +151,14 @@ def ffn(
     require_probability("ffn", "dropout_p", dropout_p)
     seed = make_seed("ffn", seed, dropout_p, x.device)
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    backend = choose("ffn", impl, _BACKENDS, x.device, tensors)
-    x = x.to(_product_dtype(x))
+    keep = not recompute and _trains(x, w1, b1, w2)
+    dtype = _product_dtype(x)
+    library = library_has(activation, b1, seed is not None, x)
+    dims = max(w1.shape[1], w2.shape[0]), w1.shape[0]
+    goes = lambda backend: choose_way("ffn", way, backend, x, dtype, dims, keep, library)
+    how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
+    backend = choose("ffn", impl, _BACKENDS, x.device, tensors, how=how)
+    x = x.to(dtype)
     if backend == "torch":
         recompute = recompute and not in_functorch()
         return reference.ffn(
@@ -149,7 +166,7 @@ def ffn(
             activation=activation, dropout_p=dropout_p, seed=seed, recompute=recompute,
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
-    options = (activation, float(dropout_p), recompute, backend)
+    options = (activation, float(dropout_p), keep, backend, goes(backend))
     y, *_ = apply(Ffn, x, w1, _contiguous(b1), w2, b2, seed, *options)
     return y
 
@@ -166,8 +183,9 @@ def gated_ffn(
 ) -> torch.Tensor:
     """(activation(x w_gate^T) * (x w_up^T)) w_down^T, as in Llama ("silu") and GEGLU ("gelu").
 
-    The matrix products are torch's; activation and product are one kernel between them. The
-    backward pass keeps x and the two products, with `recompute` x alone.
+    The matrix products are torch's, and activation and product one kernel between them; or they are
+    in the products' epilogues, as in `ffn`. The backward pass keeps x and the two products, with
+    `recompute` x alone.
 
     Args:
         x: (..., dim), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
@@ -185,6 +203,13 @@ def gated_ffn(
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
+    return gated_ffn_by(
+        None, x, w_gate, w_up, w_down, activation=activation, recompute=recompute, impl=impl
+    )
+
+
+def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recompute, impl):
+    """`gated_ffn`, its products forced to go a way of `WAYS`: for tests and benchmarks."""
     op = "gated_ffn"
     _check_input(op, "x", x)
     _check_weight(op, "w_gate", w_gate, x, x.shape[-1], ("hidden_dim", "dim"))
@@ -193,15 +218,19 @@ def gated_ffn(
     _check_weight(op, "w_down", w_down, x, w_gate.shape[0], ("out_dim", "hidden_dim"))
     require_choice(op, "activation", activation, ACTIVATIONS)
     tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-    backend = choose(op, impl, _BACKENDS, x.device, tensors)
-    x = x.to(_product_dtype(x))
+    keep = not recompute and _trains(*tensors.values())
+    dtype = _product_dtype(x)
+    dims = max(w_gate.shape[1], w_down.shape[0]), w_gate.shape[0]
+    goes = lambda backend: choose_way(op, way, backend, x, dtype, dims, keep, False)
+    how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
+    backend = choose(op, impl, _BACKENDS, x.device, tensors, how=how)
+    x = x.to(dtype)
     weights = (w_gate, w_up, w_down)
     if backend == "torch":
         recompute = recompute and not in_functorch()
         return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
-    y, *_ = apply(
-        GatedFfn, x, *(w.to(x.dtype) for w in weights), activation, recompute, backend
-    )  # fmt: skip
+    weights = (w.to(x.dtype) for w in weights)
+    y, *_ = apply(GatedFfn, x, *weights, activation, keep, backend, goes(backend))
     return y
 
 
@@ -242,6 +271,11 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
     """What `F.linear` would compute in: autocast lowers everything but fp64."""
     lower = autocast_dtype(x.device)
     return x.dtype if lower is None or x.dtype == torch.float64 else lower
+
+
+def _trains(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass will want the hidden layer."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._chunked_loss import LinearCrossEntropy
 from fastlm.ops._library import contract
+from fastlm.ops._linear_loss import CompactLinearCrossEntropy
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import loss as reference
 
@@ -165,7 +166,7 @@ def cross_entropy(
         raise fail(op, "logits", "have at least one class in its last dimension",
                    tuple(logits.shape))  # fmt: skip
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    _check_loss(op, logits, "(...) of logits (..., vocab)", target, logits.shape[-1], class_weight,
+    check_loss(op, logits, "(...) of logits (..., vocab)", target, logits.shape[-1], class_weight,
                 reduction, *options)  # fmt: skip
     backend = choose(op, impl, _BACKENDS, logits.device, logits, class_weight)
     out_dtype = logits.dtype
@@ -199,17 +200,27 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, target)` without the logits: a language model's head.
 
-    Tokens are taken in chunks, so there is never a (tokens, vocab) tensor. With "mean" and "sum"
-    the gradients are made together with the loss, at the cost of eager's three matrix products;
-    with "none" the backward computes the logits again. Gradients are summed in fp32, and a frozen
-    weight, bias or x costs nothing. On a CPU ignored rows are not computed; on a GPU they are,
-    because how many there are is not known there without waiting for it.
+    Tokens are taken in chunks, so there is never a (tokens, vocab) tensor, and rows whose target is
+    `ignore_index` are not computed: on a GPU by kernels that read how many rows are kept from the
+    device, which nothing waits for. With "mean" and "sum" the gradients are made together with the
+    loss, at the cost of eager's three matrix products; with "none" the backward computes the logits
+    again. Gradients are summed in fp32 (a bf16 weight's over a chunk, and rounded once a chunk, at
+    most 8 times), and a frozen weight, bias or x costs nothing.
+
+    Memory beyond inputs and gradients, on a GPU: the logits of a chunk, at most 384 MB or an eighth
+    of all logits in the products' dtype, whichever is more, and its x and dx: in all below 512 MB
+    for 8,192 tokens by 4,096 by 128,256 in bf16, where eager takes over 6 GB. To that come a copy
+    of each input whose dtype is not the products', and fp32 sums for fp16 gradients. With "mean"
+    and "sum" the gradients exist from the forward pass on, and the backward hands them over; a
+    second backward of a retained graph computes them again. The torch backend has chunks of 32 MB
+    of fp32 logits on a CPU and of 512 MB on a GPU, where it computes ignored rows too.
 
     Args:
         x: (..., dim), any floating dtype and strides.
         weight: (vocab, dim), as `torch.nn.Linear` has it.
-        target: (...), int64 or int32; outside the vocabulary it raises IndexError on a CPU, and
-            fails a device assertion on a GPU.
+        target: (...), int64 or int32. One that is neither `ignore_index` nor a class is NaN by the
+            triton backend, in that row's loss and in the gradients; the torch backend raises
+            IndexError on a CPU and fails a device assertion on a GPU.
         bias: (vocab,).
 
     The other arguments and the errors are `cross_entropy`'s. The products are taken in the widest
@@ -235,9 +246,9 @@ def linear_cross_entropy(
     if bias is not None:
         require_shape(op, "bias", bias, weight.shape[:1], "(vocab,)")
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    _check_loss(op, x, "(...) of x (..., dim)", target, weight.shape[0], class_weight, reduction,
+    check_loss(op, x, "(...) of x (..., dim)", target, weight.shape[0], class_weight, reduction,
                 *options)  # fmt: skip
-    choose(op, impl, _LINEAR_BACKENDS, x.device)
+    backend = choose(op, impl, _LINEAR_BACKENDS, x.device, x, weight, bias, class_weight)
     dtype, out_dtype = _linear_dtypes(x, weight, bias)
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (x, weight, bias))
@@ -248,24 +259,28 @@ def linear_cross_entropy(
             x, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
         )  # fmt: skip
+    flat = x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight
+    if backend == "triton":
+        loss, *_ = CompactLinearCrossEntropy.apply(*flat, dtype, options, reduction, need)
+        return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
     loss, row_weight, *_ = LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight, dtype, options,
-        reduction != "none", need,
-    )  # fmt: skip
+        *flat, dtype, options, reduction != "none", need
+    )
     if reduction == "none":
         return loss.view(target.shape).to(out_dtype)
     return reference.reduce(loss, row_weight, reduction).to(out_dtype)
 
 
-def _check_loss(
+def check_loss(
     op, x, form, target, vocab, class_weight, reduction, ignore_index, label_smoothing, z_loss,
-    softcap,
+    softcap, target_name="target",
 ) -> None:  # fmt: skip
-    require_tensor(op, "target", target)
+    """The checks that losses share; `x` is (..., dim), described by `form` up to its last."""
+    require_tensor(op, target_name, target)
     if target.dtype not in (torch.int64, torch.int32):
-        raise fail(op, "target", "have dtype torch.int64 or torch.int32", target.dtype)
-    require_shape(op, "target", target, x.shape[:-1], form)
-    require_device(op, "target", target, x.device)
+        raise fail(op, target_name, "have dtype torch.int64 or torch.int32", target.dtype)
+    require_shape(op, target_name, target, x.shape[:-1], form)
+    require_device(op, target_name, target, x.device)
     if class_weight is not None:
         require_float(op, "class_weight", class_weight)
         require_shape(op, "class_weight", class_weight, (vocab,), "(vocab,)")
@@ -293,7 +308,15 @@ def _require_number(op, arg, value, constraint, holds) -> None:
 
 
 def _triton_refuses(logits, class_weight) -> str | None:
-    for name, t in (("logits", logits), ("class_weight", class_weight)):
+    return _refused_dtype(logits=logits, class_weight=class_weight)
+
+
+def _linear_triton_refuses(x, weight, bias, class_weight) -> str | None:
+    return _refused_dtype(x=x, weight=weight, bias=bias, class_weight=class_weight)
+
+
+def _refused_dtype(**tensors) -> str | None:
+    for name, t in tensors.items():
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
     return TRANSFORM_REFUSAL if in_transform() else None
@@ -302,7 +325,7 @@ def _triton_refuses(logits, class_weight) -> str | None:
 # Triton first: two passes over the logits, where torch makes an fp32 copy and its log-softmax of
 # them. Not measured on a GPU yet.
 _BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
-_LINEAR_BACKENDS = {"torch": supports_all}
+_LINEAR_BACKENDS = {"triton": _linear_triton_refuses, "torch": supports_all}
 
 
 def _torch_cross_entropy(

@@ -216,7 +216,8 @@ def layer_norm(
         impl: the backend; None chooses (see `fastlm.explain`).
 
     Returns:
-        y as x, in x's dtype (under autocast z's, fp32 on CUDA, as torch); with `prenorm` (y, z).
+        y as x, in x's dtype; with `prenorm` (y, z). Under autocast y is fp32 on CUDA, as torch's
+        layer_norm and, in its newer versions, rms_norm are; elsewhere in z's dtype.
         Differentiable in x, weight, bias and residual, through y and z.
 
     Raises:
@@ -294,7 +295,8 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     if kind == "rms_llama" and weight is not None:
         out_dtype = torch.promote_types(x.dtype, weight.dtype)
     elif autocast_dtype(x.device) is not None and kind in ("layer", "rms"):
-        # torch's autocast runs these norms in fp32 on CUDA; elsewhere in the dtype of the sum.
+        # torch's autocast runs both in fp32 on CUDA (older versions layer_norm alone); elsewhere in
+        # the dtype of the sum.
         z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         out_dtype = torch.float32 if x.is_cuda else z_dtype
     if backend == "torch":

@@ -6,9 +6,111 @@ import torch
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import fail, require_device, require_float, require_tensor
+from fastlm.ops._library import contract
+from fastlm.ops._rows import in_shape
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference.rotary import rotary as _reference
 
-_BACKENDS = {"torch": supports_all}
+
+def _rotary_fwd_fake(x, cos, sin, positions, interleaved):
+    return x.new_empty(x.shape)
+
+
+@contract(_rotary_fwd_fake)
+def rotary_fwd(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+) -> torch.Tensor:
+    from fastlm.kernels import rotary
+
+    return rotary.rotary_fwd(x, cos, sin, positions, interleaved)
+
+
+def _rotary_bwd_fake(dy, x, cos, sin, positions, interleaved, need_dx):
+    return (
+        dy.new_empty(dy.shape if need_dx else (0,)),
+        cos.new_empty((0,) if x is None else cos.shape),
+        sin.new_empty((0,) if x is None else sin.shape),
+    )
+
+
+@contract(_rotary_bwd_fake)
+def rotary_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+    need_dx: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastlm.kernels import rotary
+
+    return rotary.rotary_bwd(dy, x, cos, sin, positions, interleaved, need_dx)
+
+
+class _Rotary(torch.autograd.Function):
+    """(x, cos, sin, positions, interleaved) -> y.
+
+    Saves x only where cos or sin gets a gradient: that of x does not depend on it.
+    """
+
+    @staticmethod
+    def forward(*inputs):
+        x, *rest = inputs
+        y = rotary_fwd(_batched(x), *rest)
+        return y if x.dim() == 4 else in_shape(y, x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, cos, sin, positions, ctx.interleaved = inputs
+        trained = any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(x if trained else None, cos, sin, positions)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, cos, sin, positions = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if x is None and in_create_graph():
+            x = dy.detach()  # of x's shape and dtype; its values have no part in dx
+        grads = gradients(
+            _gradients, _differentiable, (dy,), (x, cos, sin), (positions,), (ctx.interleaved,),
+            needs,
+        )  # fmt: skip
+        return *grads, None, None
+
+
+def _gradients(incoming, inputs, kept, options, needs):
+    x, cos, sin = inputs
+    dx, *dtables = rotary_bwd(
+        _batched(*incoming), _batched(x) if any(needs[1:]) else None, cos, sin, *kept, *options,
+        needs[0],
+    )  # fmt: skip
+    if needs[0] and incoming[0].dim() == 3:
+        dx = dx.squeeze(0)
+    return tuple(g if n else None for g, n in zip((dx, *dtables), needs, strict=True))
+
+
+def _batched(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 4 else x[None]
+
+
+def _differentiable(inputs, kept, options):
+    return (_reference(*inputs, positions=kept[0], interleaved=options[0]),)
+
+
+def _kernels_refuse(x, cos, sin) -> str | None:
+    for name, t in (("x", x), ("cos", cos), ("sin", sin)):
+        if t.dtype == torch.float64:
+            return f"computes in fp32 and does not take a float64 {name}"
+    return TRANSFORM_REFUSAL if in_transform() else None
+
+
+# The kernel first: one pass over memory where torch composes several.
+_BACKENDS = {"triton": _kernels_refuse, "torch": supports_all}
 
 
 def rotary(
@@ -33,12 +135,13 @@ def rotary(
         interleaved: pairs are dimensions (2 i, 2 i + 1), as RoFormer and GPT-J, instead of
             (i, i + rotary_dim / 2), as GPT-NeoX and Llama.
         positions: (seqlen,) or (batch, seqlen) (packed: (tokens,)), int64 or int32, rows of cos and
-            sin; None is 0, 1, ... Outside the table it is an error on a CPU and a failed device
-            assertion on a GPU.
+            sin; None is 0, 1, ... Outside the table it is an error on a CPU; on a GPU it is NaN for
+            that token by the kernel, and a failed device assertion by the torch backend.
         impl: the backend; None chooses (see `fastlm.explain`).
 
     Returns:
-        As x, computed in fp32 (fp64 for fp64). Differentiable in x, cos and sin.
+        As x, computed in fp32 (fp64 for fp64). Differentiable in x, cos and sin; x is kept for the
+        backward pass only if cos or sin takes a gradient.
 
     Raises:
         TypeError, ValueError: types, shapes, dtypes or devices that do not fit.
@@ -46,8 +149,9 @@ def rotary(
     Source: Su et al., "RoFormer", arXiv:2104.09864.
     """
     _check_rotary(x, cos, sin, positions)
-    choose("rotary", impl, _BACKENDS, x.device)
-    return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
+    if choose("rotary", impl, _BACKENDS, x.device, x, cos, sin) == "torch":
+        return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
+    return _Rotary.apply(x, cos, sin, positions, interleaved)
 
 
 def _check_rotary(x, cos, sin, positions) -> None:

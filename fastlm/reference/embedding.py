@@ -24,6 +24,7 @@ def embedding(
     type_weight: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
+    padding_idx: int | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
@@ -31,9 +32,10 @@ def embedding(
     """Embeds ids (..., seqlen) to (..., seqlen, dim); sums and normalises in fp32 (fp64 for fp64).
 
     Without `positions` token i has position i; without `type_ids` every token has type 0. There is
-    a LayerNorm where `norm_weight` is given. Returns token_weight's dtype, rounded once.
+    a LayerNorm where `norm_weight` is given. Row `padding_idx` of token_weight has gradient 0.
+    Returns token_weight's dtype, rounded once.
     """
-    y = F.embedding(ids, token_weight)
+    y = F.embedding(ids, token_weight, padding_idx)
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     if position_weight is not None:
         if positions is None:

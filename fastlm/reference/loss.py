@@ -18,6 +18,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastlm.reference.ffn import bias_act
+from fastlm.reference.norm import layer_norm
+
 
 def cross_entropy(
     logits: torch.Tensor,
@@ -86,6 +89,86 @@ def linear_cross_entropy(
         softcap=softcap,
         reduction=reduction,
     )
+
+
+def masked_lm_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    dense_weight: torch.Tensor,
+    dense_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    decoder_weight: torch.Tensor,
+    *,
+    decoder_bias: torch.Tensor | None = None,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    **options,
+) -> torch.Tensor:
+    """BERT's masked language model head and its loss (Devlin et al., arXiv:1810.04805):
+
+        h = LayerNorm(activation(hidden @ dense_weight.T + dense_bias)) * norm_weight + norm_bias
+        loss = linear_cross_entropy(h, decoder_weight, labels, bias=decoder_bias)
+
+    hidden is (..., dim), dense_weight (width, dim), decoder_weight (vocab, width). Everything is in
+    the widest dtype of the tensors. `options` are `linear_cross_entropy`'s.
+    """
+    parameters = (dense_weight, dense_bias, norm_weight, norm_bias, decoder_weight, decoder_bias)
+    dtype = hidden.dtype
+    for p in parameters:
+        dtype = dtype if p is None else torch.promote_types(dtype, p.dtype)
+    ignored = labels == options.get("ignore_index", -100)
+    hidden = hidden.to(dtype).masked_fill(ignored[..., None], 0.0)
+    h = masked_lm_transform(
+        hidden, *(p.to(dtype) for p in parameters[:4]), activation=activation, eps=eps
+    )
+    return linear_cross_entropy(h, decoder_weight, labels, bias=decoder_bias, **options)
+
+
+def masked_lm_transform(
+    hidden: torch.Tensor,
+    dense_weight: torch.Tensor,
+    dense_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    *,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+) -> torch.Tensor:
+    """Dense, activation and LayerNorm, all in one dtype."""
+    h = bias_act(F.linear(hidden, dense_weight, dense_bias), activation=activation)
+    return layer_norm(h, norm_weight, norm_bias, eps=eps)
+
+
+def next_sentence_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    pooler_weight: torch.Tensor | None = None,
+    pooler_bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """BERT's next-sentence loss: `cross_entropy(pooled @ weight.T + bias, labels)`.
+
+    hidden is `pooled` (batch, dim) or, with a pooler, (batch, seqlen, dim), of which the first
+    token goes through tanh(x @ pooler_weight.T + pooler_bias). Everything is in the widest dtype
+    of the tensors.
+    """
+    dtype = hidden.dtype
+    for p in (weight, bias, pooler_weight, pooler_bias):
+        dtype = dtype if p is None else torch.promote_types(dtype, p.dtype)
+    linear = lambda x, w, b: F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
+    pooled = hidden.to(dtype)
+    if pooler_weight is not None:
+        pooled = torch.tanh(linear(pooled[:, 0], pooler_weight, pooler_bias))
+    return cross_entropy(
+        linear(pooled, weight, bias), labels, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, reduction=reduction,
+    )  # fmt: skip
 
 
 def reduce(loss: torch.Tensor, row_weight: torch.Tensor, reduction: str) -> torch.Tensor:

@@ -13,6 +13,7 @@ Source: Su et al., "RoFormer", arXiv:2104.09864.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def rotary(
@@ -33,7 +34,7 @@ def rotary(
 
     def angles(table):
         if positions is not None:
-            table = table[positions]
+            table = F.embedding(positions, table)  # unlike indexing, takes no negative ones
         elif table.dim() == 2:
             table = table[:seqlen]
         return table.to(acc).unsqueeze(-2)  # every head turns alike

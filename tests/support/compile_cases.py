@@ -5,12 +5,14 @@ Names with `-aligned` promise 128-bit loads; the rules are `broken_rules` in com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 import fastlm
+from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,6 +48,10 @@ def cases() -> Iterator[Case]:
     yield from attention_decode()
     yield from ffn()
     yield from loss()
+    yield from rotary()
+    yield from embedding()
+    yield from linear_loss()
+    yield from masked_lm()
 
 
 def norm() -> Iterator[Case]:
@@ -81,12 +87,16 @@ def attention() -> Iterator[Case]:
     nvidia, ampere, hopper = ("sm_80", "sm_90", "sm_100"), "sm_80", "sm_90"
 
     def case(label, dtype, headdim, *targets, nheads=16, nheads_k=16, seqlen_q=1024, gap=0,
-             **options):  # fmt: skip
+             precision="highest", **options):  # fmt: skip
         def run():
             q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype])
             k = tensor(2, 1024, nheads_k, headdim + gap, dtype=DTYPES[dtype])[..., :headdim]
             v = tensor(2, 1024, nheads_k, headdim, dtype=DTYPES[dtype])
-            forward_backward(fastlm.attention, q, k, v, **options)
+            torch.set_float32_matmul_precision(precision)
+            try:
+                forward_backward(fastlm.attention, q, k, v, **options)
+            finally:
+                torch.set_float32_matmul_precision("highest")
 
         return Case(f"attention-{dtype}-d{headdim}-{label}", run, targets)
 
@@ -102,6 +112,8 @@ def attention() -> Iterator[Case]:
     yield case("causal-gqa-lengths", "bf16", 40, *nvidia, **lengths)
     yield case("causal", "fp32", 64, hopper, "gfx942", causal=True)
     yield case("full", "fp32", 128, ampere)
+    for headdim in (64, 128):
+        yield case("tf32", "fp32", headdim, ampere, hopper, precision="high")
 
 
 def attention_options() -> Iterator[Case]:
@@ -210,6 +222,16 @@ def ffn() -> Iterator[Case]:
 
         return Case(f"ffn-{dtype}-{op}-aligned", run)
 
+    def epilogue(op, label, dtype, dim, hidden, *targets, **options):
+        def run():
+            shapes = {ffn_by: [(hidden, dim), (hidden,), (dim, hidden), (dim,)]}
+            shapes[gated_ffn_by] = [(hidden, dim), (hidden, dim), (dim, hidden)]
+            x, *params = (tensor(*s, dtype=DTYPES[dtype]) for s in [(4096, dim), *shapes[op]])
+            forced = functools.partial(op, "epilogue")
+            forward_backward(forced, x, *params, recompute=False, **options)
+
+        return Case(f"ffn-{dtype}-epilogue-{label}", run, targets)
+
     yield bias_act("gelu", "bf16", 3072)
     yield bias_act("gelu", "bf16", 3072, dropout_p=0.1, seed=1)
     yield bias_act("gelu_tanh", "fp16", 3072)
@@ -218,6 +240,12 @@ def ffn() -> Iterator[Case]:
     yield glu("gelu_tanh", "fp32", 8192)
     yield block("ffn", "bf16", 768, 3072, activation="gelu", dropout_p=0.1, seed=1)
     yield block("gated_ffn", "bf16", 4096, 14336, activation="silu")
+    gelu = {"activation": "gelu", "dropout_p": 0.0, "seed": None}
+    dropped = gelu | {"dropout_p": 0.1, "seed": 1}
+    yield epilogue(ffn_by, "ffn-aligned", "bf16", 768, 3072, **gelu)
+    yield epilogue(ffn_by, "ffn-dropout-aligned", "bf16", 1024, 4096, **dropped)
+    yield epilogue(ffn_by, "ffn-pointers", "fp16", 771, 3077, "sm_80", "sm_90", **dropped)
+    yield epilogue(gated_ffn_by, "gated-aligned", "bf16", 4096, 11008, activation="silu")
 
 
 def loss() -> Iterator[Case]:
@@ -237,3 +265,88 @@ def loss() -> Iterator[Case]:
     every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     yield case("bf16", 256000, "every-aligned", weighted=True, **every)
     yield case("fp32", 257, "every-odd", weighted=True, **every)
+
+
+def rotary() -> Iterator[Case]:
+    def case(label, dtype, headdim, half, nheads=32, rows=4096, trained=False, positions=False,
+             **options):  # fmt: skip
+        def run():
+            x = tensor(4, 4096, nheads, headdim, dtype=DTYPES[dtype])
+            tables = (tensor(rows, half, grad=trained) for _ in range(2))
+            if positions:
+                options["positions"] = tensor(4, 4096, dtype=torch.int64)
+            forward_backward(fastlm.rotary, x, *tables, **options)
+
+        return Case(f"rotary-{dtype}-{label}-{headdim}", run)
+
+    yield case("halves-aligned", "bf16", 128, 64)
+    yield case("neighbours-aligned", "bf16", 128, 64, interleaved=True)
+    yield case("halves-aligned", "fp32", 64, 32, nheads=12)
+    yield case("partial-aligned", "fp16", 80, 16, nheads=8, positions=True)
+    yield case("partial-neighbours-odd", "fp16", 81, 13, nheads=71, interleaved=True)
+    yield case("trained-aligned", "bf16", 128, 64, nheads=8, trained=True, positions=True)
+    yield case("trained-neighbours-aligned", "bf16", 128, 64, trained=True, interleaved=True)
+
+
+def embedding() -> Iterator[Case]:
+    def case(label, dtype, dim, norm=True, tables=True, index=torch.int64, params=None, **options):
+        def run():
+            of = {"dtype": DTYPES[dtype]}
+            ids = lambda: tensor(32, 512, dtype=index)
+            if norm:
+                options["norm_weight"] = tensor(dim, dtype=params or DTYPES[dtype])
+                options["norm_bias"] = tensor(dim, dtype=params or DTYPES[dtype])
+            if tables:
+                options["position_weight"], options["positions"] = tensor(512, dim, **of), ids()
+                options["type_weight"], options["type_ids"] = tensor(2, dim, **of), ids()
+            forward_backward(fastlm.embedding, ids(), tensor(30522, dim, **of), **options)
+
+        return Case(f"embedding-{dtype}-{label}-{dim}", run)
+
+    dropout = {"dropout_p": 0.1, "seed": 1}
+    yield case("bert-aligned", "bf16", 768, **dropout, padding_idx=0)
+    yield case("bert-aligned", "fp32", 1024, **dropout)
+    yield case("bert-mixed-aligned", "fp16", 1024, params=torch.float32, index=torch.int32)
+    yield case("bert-odd", "fp16", 1001, **dropout)
+    yield case("plain-aligned", "bf16", 4096, norm=False, tables=False)
+    yield case("dropout-aligned", "bf16", 2048, norm=False, tables=False, **dropout)
+    yield case("widest-tile-aligned", "bf16", 8192, **dropout)
+    yield case("wide-aligned", "bf16", 16384, **dropout)
+
+
+def linear_loss() -> Iterator[Case]:
+    def case(dtype, vocab, dim, label, *targets, weighted=False, bias=True, **options):
+        def run():
+            x, weight = (
+                tensor(4096, dim, dtype=DTYPES[dtype]),
+                tensor(vocab, dim, dtype=DTYPES[dtype]),
+            )
+            target = tensor(4096, dtype=torch.int64)
+            if weighted:
+                options["class_weight"] = tensor(vocab, grad=False)
+            if bias:
+                options["bias"] = tensor(vocab, dtype=DTYPES[dtype])
+            forward_backward(fastlm.linear_cross_entropy, x, weight, target, **options)
+
+        return Case(f"linear_loss-{dtype}-{label}-{vocab}", run, targets)
+
+    yield case("bf16", 128256, 4096, "aligned", bias=False)
+    yield case("fp16", 30522, 768, "aligned", bias=False)
+    every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "reduction": "sum"}
+    yield case("bf16", 256000, 2304, "every", "sm_80", "sm_90", weighted=True, **every)
+    yield case("bf16", 257, 33, "every-odd", "sm_90", weighted=True, **every)
+    yield case("fp32", 50257, 768, "plain", "sm_80", "sm_90", "gfx942")
+
+
+def masked_lm() -> Iterator[Case]:
+    def case(dtype, dim, vocab, label, *targets):
+        def run():
+            shapes = [(4096, dim), (dim, dim), (dim,), (dim,), (dim,), (vocab, dim)]
+            hidden, *parameters = (tensor(*s, dtype=DTYPES[dtype]) for s in shapes)
+            labels = tensor(4096, dtype=torch.int64)
+            forward_backward(fastlm.masked_lm_loss, hidden, labels, *parameters)
+
+        return Case(f"masked_lm-{dtype}-{label}-{dim}", run, targets)
+
+    yield case("bf16", 768, 30522, "aligned")
+    yield case("fp32", 1024, 30522, "plain", "sm_80", "sm_90", "gfx942")

@@ -72,8 +72,15 @@ def calls() -> Iterator[tuple[str, str, tuple, dict]]:
     target = torch.zeros(4, dtype=torch.int64)
     yield "cross_entropy", "all options", (x, target), {"softcap": 30.0, "z_loss": 1e-4}
     yield "linear_cross_entropy", "all options", (x, t(256, 64), target), {}
-    yield "rotary", "both layouts, positions", (t(2, 8, 4, 64), t(8, 32), t(8, 32)), {}
-    yield "embedding", "all tables, norm, dropout", (target[None], t(256, 64)), {}
+    head = t(64, 64), vector, vector, vector, t(256, 64)
+    yield "masked_lm_loss", "gather, transform and loss, all options", (x, target, *head), {}
+    pooler = {"pooler_weight": t(64, 64), "pooler_bias": t(64)}
+    yield "next_sentence_loss", "with its pooler", (x[None], target[:1], t(2, 64)), pooler
+    angles = t(8, 16, dtype=torch.float32)
+    yield "rotary", "both layouts, positions, trained tables", (t(2, 8, 4, 64), angles, angles), {}
+    tables = {"position_weight": t(8, 64), "type_weight": t(2, 64), "norm_weight": vector}
+    tables |= {"padding_idx": 0, "dropout_p": 0.1, "seed": 1}
+    yield "embedding", "all tables, norm, dropout, padding", (target[None], t(256, 64)), tables
 
 
 def render() -> str:
