@@ -73,11 +73,9 @@ def _key(form: _Form, args: tuple, options: dict) -> tuple | None:
     for x in (*args, *[options[name] for name in form.varying]) if form.varying else args:
         kind = type(x)
         if kind is int:
-            key.append(x % 16 == 0 if 1 < x < 2**31 else _rare(x))
-        elif x is None or kind is bool:
-            key.append(x)
-        elif kind is float:
-            key.append(float)
+            key.append(("i32", "i32x16")[x % 16 == 0] if 1 < x < 2**31 else _rare(x))
+        elif x is None or kind is float or kind is bool:
+            key.append(kind)
         elif isinstance(x, Tensor):
             key += x.dtype, x.data_ptr() % 16
         elif kind is TensorDescriptor:
@@ -89,7 +87,7 @@ def _key(form: _Form, args: tuple, options: dict) -> tuple | None:
     return tuple(key)
 
 
-def _rare(x: int) -> tuple[str, bool]:
-    """The class of an integer of another type than int32, negative, or equal to 1."""
+def _rare(x: int) -> str:
+    """The class of an integer that is not positive, not an int32, or 1."""
     size = "1" if x == 1 else "i32" if -(2**31) <= x < 2**31 else "i64" if x < 2**63 else "u64"
-    return size, x % 16 == 0
+    return size if x % 16 else f"{size}x16"

@@ -107,12 +107,13 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, residual, *rest, impl = inputs
-        flat_residual = None if residual is None else as_rows(residual)
+    def forward(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z, impl):
+        # Named: where nothing takes a gradient, torch.compile counts them to see that no ctx comes.
         forward, _ = _CONTRACTS[impl]
-        y, z, mean, rstd = forward(as_rows(x), flat_residual, *rest)
-        keep_z = rest[-1]
+        y, z, mean, rstd = forward(
+            as_rows(x), None if residual is None else as_rows(residual), weight, bias, seed, eps,
+            dropout_p, kind, out_dtype, keep_z,
+        )  # fmt: skip
         return in_shape(y, x.shape), mean, rstd, *([in_shape(z, x.shape)] if keep_z else [])
 
     @staticmethod
