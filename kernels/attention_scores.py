@@ -355,11 +355,18 @@ def _stride_along_queries(x: torch.Tensor) -> int | None:
     return x.stride(2) if x.shape[2] > 1 and x.stride(2) else None
 
 
+_NO_STRIDES = {
+    name: {f"stride_{name}_b": 0, f"stride_{name}_h": 0, f"stride_{name}_m": None,
+           f"stride_{name}_n": 0}
+    for name in ("mask", "bias")
+}  # fmt: skip
+
+
 def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int | None]:
-    strides = [0, 0, None, 0]
-    if x is not None:
-        strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
-        strides[2] = _stride_along_queries(x)
-        if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
-            strides[3] = 1
+    if x is None:
+        return _NO_STRIDES[name]
+    strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
+    strides[2] = _stride_along_queries(x)
+    if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
+        strides[3] = 1
     return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))

@@ -8,7 +8,9 @@ host's time (Triton 3.6 and 3.9, without the driver's part).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -23,9 +25,10 @@ class _Form:
     """How calls of one kernel with the same names of keyword arguments are read."""
 
     number: int  # of forms before this one: what stands for it in a key
-    keywords: tuple[str, ...]  # the kernel's arguments that come by keyword, in its order
-    varying: tuple[str, ...]  # those of them that are not constexprs
-    fixed: tuple[str, ...]  # constexprs, and options of the launch
+    # Of the keyword arguments:
+    of_kernel: Callable[[dict], tuple]  # the kernel's, in its order
+    varying: Callable[[dict], tuple]  # those of them that are not constexprs
+    fixed: Callable[[dict], tuple]  # constexprs, and options of the launch
 
 
 # (id of a kernel, number of positional arguments, names of others) -> how to read them; kernels are
@@ -33,6 +36,7 @@ class _Form:
 _forms: dict[tuple, _Form] = {}
 # (form, device, what Triton specialises for) -> the compiled kernel.
 _compiled: dict[tuple, object] = {}
+_integers: dict[int, str] = {}  # what `_integer` said of some
 
 
 def launch(kernel, programs: int, *args, **options) -> None:
@@ -51,7 +55,7 @@ def launch(kernel, programs: int, *args, **options) -> None:
     key = _key(form, args, options)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(programs, 1, 1)](*args, *[options[name] for name in form.keywords])
+        compiled[(programs, 1, 1)](*args, *form.of_kernel(options))
         return
     compiled = kernel[(programs,)](*args, **options)
     if key is not None and compiled is not None:
@@ -60,20 +64,26 @@ def launch(kernel, programs: int, *args, **options) -> None:
 
 def _new_form(names: tuple, kernel: JITFunction, args: tuple, options: dict) -> _Form:
     parameters = kernel.params[len(args) :]
-    keywords = tuple(p.name for p in parameters)
-    varying = tuple(p.name for p in parameters if not p.is_constexpr)
-    fixed = tuple(name for name in options if name not in varying)
-    form = _forms[names] = _Form(len(_forms), keywords, varying, fixed)
+    varying = [p.name for p in parameters if not p.is_constexpr]
+    fixed = [name for name in options if name not in varying]
+    parts = ([p.name for p in parameters], varying, fixed)
+    form = _forms[names] = _Form(len(_forms), *map(_getter, parts))
     return form
+
+
+def _getter(names: list[str]) -> Callable[[dict], tuple]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda options: tuple(options[name] for name in names)
 
 
 def _key(form: _Form, args: tuple, options: dict) -> tuple | None:
     """At least as fine as what Triton specialises for; None with arguments of other types."""
-    key = [form.number, args[0].get_device(), *[options[name] for name in form.fixed]]
-    for x in (*args, *[options[name] for name in form.varying]) if form.varying else args:
+    key = [form.number, args[0].get_device(), *form.fixed(options)]
+    for x in (*args, *form.varying(options)):
         kind = type(x)
         if kind is int:
-            key.append(("i32", "i32x16")[x % 16 == 0] if 1 < x < 2**31 else _rare(x))
+            key.append(_integers.get(x) or _integer(x))
         elif x is None or kind is float or kind is bool:
             key.append(kind)
         elif isinstance(x, Tensor):
@@ -87,7 +97,10 @@ def _key(form: _Form, args: tuple, options: dict) -> tuple | None:
     return tuple(key)
 
 
-def _rare(x: int) -> str:
-    """The class of an integer that is not positive, not an int32, or 1."""
+def _integer(x: int) -> str:
+    """The type that Triton gives an integer, and whether it knows more of it."""
     size = "1" if x == 1 else "i32" if -(2**31) <= x < 2**31 else "i64" if x < 2**63 else "u64"
-    return size if x % 16 else f"{size}x16"
+    if len(_integers) > 10_000:
+        _integers.clear()
+    _integers[x] = size if x % 16 else f"{size}x16"
+    return _integers[x]

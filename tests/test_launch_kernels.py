@@ -62,7 +62,7 @@ def kernel(monkeypatch):
 
 def test_key_is_as_fine_as_tritons():
     backend = backends["nvidia"].compiler(GPUTarget("cuda", 90, 32))
-    form = launching._Form(0, (), (), ())
+    form = launching._Form(0, *[launching._getter([])] * 3)
 
     def keys(value):
         ours = launching._key(form, (storage, value), {})
@@ -76,7 +76,7 @@ def test_key_is_as_fine_as_tritons():
 
 
 def test_key_of_unknown_arguments():
-    form = launching._Form(0, (), (), ())
+    form = launching._Form(0, *[launching._getter([])] * 3)
     assert launching._key(form, (storage, (1, 2)), {}) is None
 
 
