@@ -456,7 +456,11 @@ def attention_row(
     name, which = target(device), "dkv" if which == "dk" else which
     if name == "cpu":
         return f"_ATTENTION_CPU[{which!r}]", _ATTENTION_CPU[which]
-    arithmetic = _arithmetic(name, dtype, unit)
+    return _attention_row(name, which, _arithmetic(name, dtype, unit), headdim, burden)
+
+
+@functools.cache
+def _attention_row(name: str, which: str, arithmetic: str, headdim: int, burden: int):
     key = arithmetic, "dq" if which == "dbias" else which
     by_headdim, column = _ATTENTION[name][key], max((headdim - 1).bit_length() - 5, 0)
     place, row = f"_ATTENTION[{name!r}][{key}][{column}]", by_headdim[column]

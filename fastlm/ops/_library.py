@@ -12,6 +12,17 @@ from collections.abc import Callable, Iterable
 from types import NoneType
 
 import torch
+from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 _CUDA_LIBRARY = torch.library.Library("fastlm_cuda", "FRAGMENT")
@@ -73,20 +84,20 @@ _ODD_THREAD = ~_mask("BackendSelect", "ADInplaceOrView", *_AUTOCAST)
 def in_eager(args: Iterable) -> bool:
     """Whether nothing but the kernel itself would see an operator that is called with `args`: no
     compiler, tracer, mode, transform or profiler, and ordinary tensors alone."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     if (
-        torch._C._dispatch_tls_local_include_set().raw_repr() & _ODD_THREAD
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
+        _dispatch_tls_local_include_set().raw_repr() & _ODD_THREAD
+        or _len_torch_function_stack()
+        or _profiler_enabled()
     ):
         return False
     for x in args:
         kind = type(x)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if torch._C._dispatch_keys(x).raw_repr() & _ODD_TENSOR:
+        if kind is Tensor or kind is Parameter:
+            if _dispatch_keys(x).raw_repr() & _ODD_TENSOR:
                 return False
-        elif kind not in _NOT_TENSORS and isinstance(x, torch.Tensor):
+        elif kind not in _NOT_TENSORS and isinstance(x, Tensor):
             return False
     return True
 
@@ -94,12 +105,12 @@ def in_eager(args: Iterable) -> bool:
 def apply(function: type[torch.autograd.Function], *inputs):
     """`function.apply(*inputs)`, which binds its inputs to a signature by `inspect` at each call,
     without that, and without autograd where no input wants a gradient."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or _are_functorch_transforms_active():
         return function.apply(*inputs)
     wanted = False
     for x in inputs:
-        if type(x) not in _NOT_TENSORS and isinstance(x, torch.Tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(x):  # of a transform that is over
+        if type(x) not in _NOT_TENSORS and isinstance(x, Tensor):
+            if is_functorch_wrapped_tensor(x):  # of a transform that is over
                 return function.apply(*inputs)
             wanted = wanted or x.requires_grad
     if wanted and torch.is_grad_enabled():
