@@ -108,11 +108,12 @@ def segment_chunk(rows: int, device: torch.device) -> int:
 
 def segment_config(units: int, cols: int, device: torch.device) -> RowConfig:
     """`segment_sum`, for `units` segments or chunks: 4 rows at a time, since most ids come once or
-    twice; where units are few, more rows of fewer columns, so that many programs share them."""
+    twice; where units are few, more rows of fewer columns, so that many programs share them. With
+    more elements than this some targets spill."""
     block_n = min(max(next_power_of_2(cols), 16), 1024)
     while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
         block_n //= 2
-    return RowConfig(min(4096 // block_n, 64), block_n, 4)
+    return RowConfig(min(max(2048 // block_n, 4), 32), block_n, 4)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
