@@ -106,16 +106,14 @@ def segment_chunk(rows: int, device: torch.device) -> int:
     return min(max(next_power_of_2(math.isqrt(rows) // 3), 32), 1024)
 
 
-def segment_config(units: int, rows: int, cols: int, device: torch.device) -> RowConfig:
-    """`segment_sum`, for `units` segments or chunks of `rows` in all: 8 rows at a time, 4 where
-    most have fewer; where units are few, more rows of fewer columns, so that many programs share.
-    """
+def segment_config(units: int, cols: int, device: torch.device) -> RowConfig:
+    """`segment_sum`, for `units` segments or chunks: 4 rows at a time, since most ids come once or
+    twice; where units are few, more rows of fewer columns, so that many programs share them. With
+    more elements than this some targets spill."""
     block_n = min(max(next_power_of_2(cols), 16), 1024)
     while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
         block_n //= 2
-    elements = 4096 if rows < 4 * units else 8192
-    block_m = min(elements // block_n, 64)
-    return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
+    return RowConfig(min(max(2048 // block_n, 4), 32), block_n, 4)
 
 
 def wide_loss_config(cols: int, device: torch.device) -> RowConfig:
