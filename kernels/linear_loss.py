@@ -81,7 +81,7 @@ def _chunk_loss_kernel(
         loss, m, log_l, w_y = scan_rows(
             logits_ptr, row_start, target, active, valid, class_weight_ptr, N, stride_lm,
             label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, True,
-            1, BLOCK_N,
+            1, 1, BLOCK_N,
         )  # fmt: skip
         tl.store(loss_ptr + source, loss)
         if GRADIENTS:
@@ -95,10 +95,10 @@ def _chunk_loss_kernel(
                 cols = start + tl.arange(0, BLOCK_N)
                 offsets = row_start[:, None] + cols[None, :]
                 mask = (cols < stride_lm)[None, :]
-                s = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+                s, slope = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
                 ds = score_gradients(
-                    s, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
-                    weight_sum_ptr, N, label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS,
+                    s, slope, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
+                    weight_sum_ptr, N, label_smoothing, z_loss, HAS_SMOOTHING, HAS_Z_LOSS,
                     HAS_SOFTCAP, BLOCK_N,
                 )  # fmt: skip
                 tl.store(logits_ptr + offsets, ds, mask=mask)

@@ -204,6 +204,18 @@ def test_cross_entropy_excluded_classes(vocab, impl, device):
     run_oracle(impl, inputs, reduction="none", z_loss=0.01)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [513, 4095, 4097, 8195, 8202])
+def test_cross_entropy_rows_that_begin_anywhere(vocab, dtype, device):
+    """Blocks begin at multiples of 16 bytes, before the row; rows of other strides do not."""
+    data, options = split_options(OPTIONS)
+    inputs = loss_inputs(5, vocab, dtype, device, **data)
+    run_oracle("triton", inputs, reduction="none", **options)
+    run_oracle("triton", loss_inputs(5, vocab, dtype, device))
+    inputs["logits"] = with_layout(inputs["logits"], "packed")
+    run_oracle("triton", inputs, reduction="none", **options)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
