@@ -179,7 +179,7 @@ def linear_cross_entropy(
     weight_sum = None
     if class_weight is not None and label_smoothing > 0.0:
         weight_sum = class_weight.sum(dtype=torch.float32)
-    config = wide_loss_config(vocab, device)
+    config = wide_loss_config(vocab, softcap is not None, device)
     for first in range(0, tokens, rows):
         gather(x, index, count, first, x_c)
         rows_times_weight(x_c[:, :dim], weight, bias, count, first, logits, head["logits"])

@@ -51,7 +51,7 @@ def _cap(s, mask, softcap, HAS_SOFTCAP: tl.constexpr):
 
     The slope is 1 - tanh^2 without its cancellation, which would cost the digits of large logits.
     """
-    slope = tl.full(s.shape, 1.0, tl.float32)
+    slope = tl.zeros_like(s) + 1.0
     if HAS_SOFTCAP:
         u = tl.where(mask, s / softcap, 0.0)
         e = tl.exp(-2.0 * tl.abs(u))
@@ -101,7 +101,7 @@ def scan_rows(
     """
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    s_y, _ = load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
+    s_y, slope_y = load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
     # Sums are of s - origin, so that an offset common to a row's logits costs no digits.
     origin = tl.where(s_y == -float("inf"), 0.0, s_y)
     weighted_s = tl.zeros([BLOCK_M], tl.float32)  # sum_c w[c] * (s[c] - origin)
@@ -118,14 +118,16 @@ def scan_rows(
         if UNIT > 1:
             mask = mask & (cols >= 0)[None, :]
             whole = (start >= before) & (start + BLOCK_N <= end)
-            s, _ = _load_aligned(logits_ptr, row_start // UNIT * UNIT, start, whole, mask, softcap,
-                                 HAS_SOFTCAP, BLOCK_N)  # fmt: skip
+            base = row_start // UNIT * UNIT
+            s, slope = _load_aligned(
+                logits_ptr, base, start, whole, mask, softcap, HAS_SOFTCAP, BLOCK_N
+            )
         elif PADDED:
             inside = active[:, None] & (cols < readable)[None, :]
-            s, _ = load_scores(logits_ptr, offsets, inside, softcap, HAS_SOFTCAP)
+            s, slope = load_scores(logits_ptr, offsets, inside, softcap, HAS_SOFTCAP)
             s = tl.where(mask, s, -float("inf"))
         else:
-            s, _ = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+            s, slope = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
         l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
@@ -290,7 +292,7 @@ def cross_entropy_fwd(
     if rows == 0:
         return loss, row_max, log_sum, row_weight
     N = logits.shape[2]
-    config = loss_config(N)
+    config = loss_config(N, softcap is not None)
     unit = _unit(logits, config.block_m)
     _cross_entropy_fwd_kernel[(ceil_div(rows, config.block_m),)](
         logits, target, class_weight, loss, row_max, log_sum, row_weight,
@@ -323,7 +325,7 @@ def cross_entropy_bwd(
     weight_sum = None
     if class_weight is not None and label_smoothing > 0.0:
         weight_sum = class_weight.sum(dtype=torch.float32)
-    config = loss_config(N)
+    config = loss_config(N, softcap is not None)
     unit = _unit(logits, config.block_m) if logits.is_contiguous() else 1
     grid = (ceil_div(rows, config.block_m) * ceil_div(N + unit - 1, config.block_n),)
     _cross_entropy_bwd_kernel[grid](

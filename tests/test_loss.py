@@ -204,6 +204,13 @@ def test_cross_entropy_excluded_classes(vocab, impl, device):
     run_oracle(impl, inputs, reduction="none", z_loss=0.01)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1000.0])
+def test_cross_entropy_softcaps(softcap, impl, device):
+    """Far below the logits and far above them."""
+    run_oracle(impl, loss_inputs(9, 300, torch.float32, device), reduction="none", softcap=softcap)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [513, 4095, 4097, 8195, 8202])
 def test_cross_entropy_rows_that_begin_anywhere(vocab, dtype, device):
