@@ -90,7 +90,7 @@ def _chunk_loss_kernel(
                 dloss = tl.load(dloss_ptr + source * stride_d)
             if total_ptr is not None:  # the mean; of nothing, it is 0
                 total = tl.load(total_ptr)
-                dloss = tl.where(total == 0.0, 0.0, dloss / total)
+                dloss = tl.where(total == 0.0, 0.0, dloss / tl.where(total == 0.0, 1.0, total))
             for start in range(0, N, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 offsets = row_start[:, None] + cols[None, :]
