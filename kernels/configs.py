@@ -66,9 +66,9 @@ def row_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
 
 
-def loss_config(cols: int) -> RowConfig:
-    """Cross-entropy: at most 16 logits a thread, so that no combination of options spills."""
-    block_n = min(max(next_power_of_2(cols), 16), 4096)
+def loss_config(cols: int, capped: bool) -> RowConfig:
+    """Cross-entropy: at most 16 logits a thread, or 8 with a softcap, so that no options spill."""
+    block_n = min(max(next_power_of_2(cols), 16), 2048 if capped else 4096)
     block_m = max(1, min(1024 // block_n, 16))
     return RowConfig(block_m, block_n, 4 if block_n <= 1024 else 8)
 
@@ -116,12 +116,14 @@ def segment_config(units: int, cols: int, device: torch.device) -> RowConfig:
     return RowConfig(min(max(2048 // block_n, 4), 32), block_n, 4)
 
 
-def wide_loss_config(cols: int, device: torch.device) -> RowConfig:
+def wide_loss_config(cols: int, capped: bool, device: torch.device) -> RowConfig:
     """Rows of logits that are read twice: few in work at a time, so that they stay in the L2 cache
     between (one of 128k halves takes 256 KB), with as many loads on their way as registers allow.
     """
     name = target(device)
     widest, warps = {"sm_80": (8192, 32), "gfx942": (8192, 16)}.get(name, (16384, 32))
+    if capped:
+        widest = 8192
     block_n = min(max(next_power_of_2(cols), 16), widest)
     return RowConfig(1, block_n, max(4, min(block_n * warps // widest, warps)))
 
