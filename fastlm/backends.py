@@ -18,6 +18,7 @@ import torch
 from fastlm import cuda_library
 
 Impl = Literal["cuda", "triton", "torch"]
+_IMPLS = get_args(Impl)
 Reason = Callable[..., "str | None"]  # (*call) -> why this backend cannot take the call
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -108,7 +109,7 @@ def choose(
         raise AssertionError(f"{op}: the torch backend refuses no call")
     if isinstance(impl, _Probe):
         raise _Explained(_explanation(op, backends, device, call, how))
-    if impl not in get_args(Impl):
+    if impl not in _IMPLS:
         raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
     if impl not in backends:
         raise NotImplementedError(f"{op}: {_absent(op, impl)}; use impl='torch'")
@@ -128,7 +129,7 @@ def supports_all(*_) -> None:
 
 def _explanation(op, backends, device, call, how) -> Explanation:
     reasons = {}
-    for impl in get_args(Impl):
+    for impl in _IMPLS:
         if impl not in backends:
             reasons[impl] = _absent(op, impl)
         else:
@@ -167,10 +168,16 @@ def _no_cuda_library() -> str | None:
     return cuda_library.unavailable()
 
 
+# By index of a device: asking torch costs as much as the rest of `choose`.
+_old_devices: dict[int, str | None] = {}
+
+
 def _too_old(index: int) -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        return "its kernels need compute capability 8.0 or newer"
-    return None
+    if index not in _old_devices:
+        old = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+        reason = "its kernels need compute capability 8.0 or newer"
+        _old_devices[index] = reason if old else None
+    return _old_devices[index]
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.

@@ -48,6 +48,7 @@ from fastlm.kernels.configs import (
     dot_precision,
     next_power_of_2,
 )
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LOG2_E,
     add_dot,
@@ -461,7 +462,8 @@ def _delta_and_lse(do, out, lse, dlse, plain):
     block_d = max(16, next_power_of_2(headdim))
     block_m = 8192 // (block_d * do.element_size())
     unit, strides = aligned_strides(do)
-    _attention_bwd_delta_kernel[(ceil_div(seqlen_q, block_m) * batch * nheads,)](
+    launch(
+        _attention_bwd_delta_kernel, ceil_div(seqlen_q, block_m) * batch * nheads,
         do, out, lse, None if dlse is None else dlse.contiguous(), delta, safe_lse, *strides,
         H=nheads,
         M=seqlen_q,
@@ -491,23 +493,22 @@ def attention_bwd(
     need_dtable: bool,
     need_dalibi: bool,
     need_dsinks: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     """Launches the backward.
 
     Args:
         do: gradient of out, any strides; q, k, v, options: as in the forward.
         out, lse, lse_low: what the forward returned.
         dlse: gradient of lse, or None.
-        need_...: what is not needed is returned with 0 elements.
+        need_...: what is not needed is returned as None.
 
     Returns:
         dq, dk, dv, dbias, dtable, dalibi, dsinks, contiguous, each in its input's dtype and shape.
     """
     packed = options.cu_seqlens_q is not None
     new = torch.zeros if packed else torch.empty  # tokens of no sequence are written by no program
-    dq = new(q.shape if need_dq else (0,), dtype=q.dtype, device=q.device)
-    dk = new(k.shape if need_dkv else (0,), dtype=k.dtype, device=q.device)
-    dv = new(v.shape if need_dkv else (0,), dtype=v.dtype, device=q.device)
+    like = lambda x, needed: new(x.shape, dtype=x.dtype, device=q.device) if needed else None
+    dq, dk, dv = like(q, need_dq), like(k, need_dkv), like(v, need_dkv)
     if do.stride(-1) != 1:  # such as the expanded gradient of a sum
         do = do.contiguous()
     nheads, headdim, headdim_v = q.shape[-2], q.shape[-1], v.shape[-1]
@@ -542,19 +543,18 @@ def attention_bwd(
         delta = attention_delta((q, k, v, do, lse, lse_low, delta), *rest)
         delta = delta if dlse is None else delta - dlse
     inputs = (q, k, v, do, lse, lse_low, delta)
-    if dq.numel() and batch * lengths[0]:
+    if need_dq and dq.numel() and batch * lengths[0]:
         _launch("dq", inputs, (dq,), strides, batch, call, options)
-    if dk.numel() and batch * lengths[1]:
+    if need_dkv and dk.numel() and batch * lengths[1]:
         _launch("dkv", inputs, (dk, dv), strides, batch, call, options)
-    none = q.new_empty((0,), dtype=torch.float32)
     return (
         dq,
         dk,
         dv,
-        attention_dbias(options, dlse, inputs, *rest) if need_dbias else none,
-        attention_dtable(options, inputs, *rest) if need_dtable else none.clone(),
-        attention_dalibi(options.alibi_slopes, inputs, *rest) if need_dalibi else none.clone(),
-        attention_dsinks(options.sinks, lse, lse_low, delta) if need_dsinks else none.clone(),
+        attention_dbias(options, dlse, inputs, *rest) if need_dbias else None,
+        attention_dtable(options, inputs, *rest) if need_dtable else None,
+        attention_dalibi(options.alibi_slopes, inputs, *rest) if need_dalibi else None,
+        attention_dsinks(options.sinks, lse, lse_low, delta) if need_dsinks else None,
     )
 
 
@@ -575,7 +575,8 @@ def _launch(which, inputs, outputs, strides, batch, call, options: Options) -> N
         rows, blocks = config.block_m, (q, do)
     section = attention_section(q.device, options.causal, head_bytes, batch * heads)
     descriptors = block_descriptors(rows, *blocks) if config.tma else (None, None)
-    kernel[(tiles * batch * heads,)](
+    launch(
+        kernel, tiles * batch * heads,
         q, k, v, do, *descriptors, *stats, *outputs, *strides, section=section, **call,
         **config.options(),
     )  # fmt: skip

@@ -37,6 +37,7 @@ from fastlm.kernels.configs import (
     multiprocessors,
     next_power_of_2,
 )
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import dot, dropout_keep, load_pairs, load_rows, relative_bucket
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all.
@@ -235,7 +236,8 @@ def _launch(kind, shape, dtype, tensors, strides, batch, call, extra=None, tile=
     out = new((splits, *result), dtype=stored)
     if kind != "table":
         extra = {"NUM_BUCKETS": 1, "STARTS": (), "BIDIRECTIONAL": False, "BLOCK_T": 1}
-    _attention_dbias_kernel[(pieces * splits,)](
+    launch(
+        _attention_dbias_kernel, pieces * splits,
         *tensors, out, *strides,
         OH=out_h,
         kept_m=kept_m,

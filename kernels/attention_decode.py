@@ -26,6 +26,7 @@ from fastlm.kernels.configs import (
     dot_precision,
     next_power_of_2,
 )
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -264,7 +265,8 @@ def attention_decode_append(
     block_d, block_dv = (next_power_of_2(x.shape[3]) for x in (k_new, v_new))
     block_h = min(next_power_of_2(nheads_k), max(1, 1024 // max(block_d, block_dv)))
     unit, strides = aligned_strides(k_new, v_new, k_cache, v_cache)
-    _attention_decode_append_kernel[(batch * length * ceil_div(nheads_k, block_h),)](
+    launch(
+        _attention_decode_append_kernel, batch * length * ceil_div(nheads_k, block_h),
         k_new, v_new, seqlens_k, k_cache, v_cache, *strides,
         H_K=nheads_k,
         N=k_cache.shape[1],
@@ -341,7 +343,8 @@ def attention_decode_fwd(
     starts = bucket_starts(len(table), bidirectional, max_distance) if table is not None else ()
     left = _UNLIMITED if window_left < 0 else window_left
     right = _UNLIMITED if window_right < 0 else window_right
-    _attention_decode_kernel[(tiles * splits * batch * nheads_k,)](
+    launch(
+        _attention_decode_kernel, tiles * splits * batch * nheads_k,
         q, k_cache, v_cache, seqlens_k, mask, bias, table, alibi_slopes, sinks, *parts, *strides,
         *_broadcast_strides(mask), *_broadcast_strides(bias),
         stride_ab=nheads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
@@ -379,7 +382,8 @@ def _combine(parts, sinks, out, lse) -> None:
     splits, rows, headdim_v = parts[0].shape
     block_d = max(16, next_power_of_2(headdim_v))
     block_r = max(1, 512 // block_d)
-    _attention_decode_combine_kernel[(ceil_div(rows, block_r),)](
+    launch(
+        _attention_decode_combine_kernel, ceil_div(rows, block_r),
         *parts, sinks, out, lse,
         H=out.shape[2],
         M=out.shape[1],

@@ -43,6 +43,7 @@ from fastlm.kernels.configs import (
     dot_precision,
     next_power_of_2,
 )
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -327,7 +328,8 @@ def attention_fwd(
     descriptors = block_descriptors(config.block_n, k, v) if config.tma else (None, None)
     tiles = ceil_div(seqlen_q, config.block_m)
     head_bytes = seqlen_k * (headdim + headdim_v) * q.element_size()
-    _attention_fwd_kernel[(tiles * batch * nheads,)](
+    launch(
+        _attention_fwd_kernel, tiles * batch * nheads,
         q, k, v, *descriptors, out, lse, lse_low, options.sinks, *strides,
         H=nheads,
         GROUP=nheads // k.shape[2],

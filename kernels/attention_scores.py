@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args, next_power_of_2
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import LOG2_E, load_rows, relative_bucket, tanh
 
 # Lengths, head counts and strides vary from call to call: one binary serves them all. The stride of
@@ -275,7 +276,8 @@ def relative_values(
     buckets, nheads = table.shape
     width = 2 * extent + 1
     values = torch.empty((nheads, width), dtype=torch.float32, device=table.device)
-    _relative_values_kernel[(ceil_div(width, 128) * nheads,)](
+    launch(
+        _relative_values_kernel, ceil_div(width, 128) * nheads,
         table, values, *table.stride(), extent,
         STARTS=bucket_starts(buckets, bidirectional, max_distance),
         BIDIRECTIONAL=bidirectional,
@@ -353,11 +355,18 @@ def _stride_along_queries(x: torch.Tensor) -> int | None:
     return x.stride(2) if x.shape[2] > 1 and x.stride(2) else None
 
 
+_NO_STRIDES = {
+    name: {f"stride_{name}_b": 0, f"stride_{name}_h": 0, f"stride_{name}_m": None,
+           f"stride_{name}_n": 0}
+    for name in ("mask", "bias")
+}  # fmt: skip
+
+
 def _strides(name: str, x: torch.Tensor | None, seqlen_k: int) -> dict[str, int | None]:
-    strides = [0, 0, None, 0]
-    if x is not None:
-        strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
-        strides[2] = _stride_along_queries(x)
-        if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
-            strides[3] = 1
+    if x is None:
+        return _NO_STRIDES[name]
+    strides = [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True)]
+    strides[2] = _stride_along_queries(x)
+    if seqlen_k == 1:  # as of the other lengths, for which one binary is compiled
+        strides[3] = 1
     return dict(zip((f"stride_{name}_{axis}" for axis in "bhmn"), strides, strict=True))

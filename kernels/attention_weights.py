@@ -35,6 +35,7 @@ from fastlm.kernels.configs import (
     dot_precision,
     next_power_of_2,
 )
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     add_dot,
     dot,
@@ -376,4 +377,4 @@ def _launch(which: str, tensors, strides, call: dict, burden: int) -> None:
         "dq": (_attention_weights_bwd_dq_kernel, tiles_m * call["H"]),
         "dk": (_attention_weights_bwd_dk_kernel, tiles_n * k.shape[2]),
     }[which]
-    kernel[(programs * q.shape[0],)](*tensors, *strides, **call, **config.options())
+    launch(kernel, programs * q.shape[0], *tensors, *strides, **call, **config.options())

@@ -41,6 +41,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(64)
 def dropout_args(p: float) -> tuple[int, float]:
     """(threshold, scale) of Philox dropout, as `fastlm.reference.dropout` defines them."""
     return min(round(p * 2**32), 0xFFFFFFFF), 0.0 if p == 1.0 else 1.0 / (1.0 - p)
@@ -59,6 +60,7 @@ class RowConfig:
 WIDEST_ROW = 8192
 
 
+@functools.cache
 def row_config(cols: int) -> RowConfig:
     """Row-wise kernels (norm): about 4,096 elements a program, at least one row."""
     block_n = min(max(next_power_of_2(cols), 16), WIDEST_ROW)
@@ -66,6 +68,7 @@ def row_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
 
 
+@functools.cache
 def loss_config(cols: int, capped: bool) -> RowConfig:
     """Cross-entropy: at most 16 logits a thread, or 8 with a softcap, so that no options spill."""
     block_n = min(max(next_power_of_2(cols), 16), 2048 if capped else 4096)
@@ -73,6 +76,7 @@ def loss_config(cols: int, capped: bool) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 1024 else 8)
 
 
+@functools.cache
 def tile_config(cols: int, elements: int) -> RowConfig:
     """Elementwise kernels: tiles of about `elements`, of the width that pads rows least."""
     block_n = min((1024, 512, 256, 128), key=lambda n: ceil_div(cols, n) * n)  # widest of equals
@@ -452,7 +456,11 @@ def attention_row(
     name, which = target(device), "dkv" if which == "dk" else which
     if name == "cpu":
         return f"_ATTENTION_CPU[{which!r}]", _ATTENTION_CPU[which]
-    arithmetic = _arithmetic(name, dtype, unit)
+    return _attention_row(name, which, _arithmetic(name, dtype, unit), headdim, burden)
+
+
+@functools.cache
+def _attention_row(name: str, which: str, arithmetic: str, headdim: int, burden: int):
     key = arithmetic, "dq" if which == "dbias" else which
     by_headdim, column = _ATTENTION[name][key], max((headdim - 1).bit_length() - 5, 0)
     place, row = f"_ATTENTION[{name!r}][{key}][{column}]", by_headdim[column]

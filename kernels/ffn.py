@@ -23,7 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.column_sum import column_sums
 from fastlm.kernels.configs import ceil_div, dropout_args, multiprocessors, tile_config
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import activate, dropout_keep
 
 # Elements of a tile: the backward holds more values an element.
@@ -141,13 +143,14 @@ def bias_act_fwd(
 ) -> torch.Tensor:
     """x (rows, cols), last stride 1; bias (cols,), contiguous. Returns y in x's dtype."""
     M, N = x.shape
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = x.new_empty((M, N))
     if y.numel() == 0:
         return y
     config = tile_config(N, _FWD_TILE)
     col_tiles = ceil_div(N, config.block_n)
     threshold, scale = dropout_args(dropout_p)
-    _bias_act_fwd_kernel[(ceil_div(M, config.block_m) * col_tiles,)](
+    launch(
+        _bias_act_fwd_kernel, ceil_div(M, config.block_m) * col_tiles,
         x, bias, seed, y, x.stride(0), M, N, col_tiles, threshold, scale,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
@@ -165,41 +168,43 @@ def bias_act_bwd(
     need_dx: bool,
     need_dbias: bool,
     need_y: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns dx, dbias and the forward's y; what is not needed is empty."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Returns dx, dbias and the forward's y; None for what is not needed."""
     M, N = x.shape
-    dx = torch.empty((M, N) if need_dx else (0,), dtype=x.dtype, device=x.device)
-    y = torch.empty((M, N) if need_y else (0,), dtype=x.dtype, device=x.device)
-    dbias_dtype = bias.dtype if need_dbias else x.dtype
+    dx = x.new_empty((M, N)) if need_dx else None
+    y = x.new_empty((M, N)) if need_y else None
+    dbias = bias.new_empty(N) if need_dbias else None
     if x.numel() == 0:
-        return dx, torch.zeros(N if need_dbias else 0, dtype=dbias_dtype, device=x.device), y
+        return dx, dbias.zero_() if need_dbias else None, y
     config = tile_config(N, _BWD_TILE)
     row_tiles, col_tiles = ceil_div(M, config.block_m), ceil_div(N, config.block_n)
     groups = row_tiles
     if need_dbias:  # few rows to sum, enough programs to fill the device
         groups = min(row_tiles, ceil_div(8 * multiprocessors(x.device), col_tiles))
-    partial = torch.empty((groups, N) if need_dbias else (0,), dtype=torch.float32, device=x.device)
+    partial = x.new_empty((groups, N), dtype=torch.float32) if need_dbias else None
     threshold, scale = dropout_args(dropout_p)
-    _bias_act_bwd_kernel[(groups * col_tiles,)](
-        dy, x, bias, seed, dx if need_dx else None, partial if need_dbias else None,
-        y if need_y else None, dy.stride(0), x.stride(0), M, N, groups, threshold, scale,
+    launch(
+        _bias_act_bwd_kernel, groups * col_tiles,
+        dy, x, bias, seed, dx, partial, y, dy.stride(0), x.stride(0), M, N, groups,
+        threshold, scale,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    dbias = partial.sum(0) if need_dbias else partial
-    return dx, dbias.to(dbias_dtype), y
+    column_sums((partial, None), (dbias, None))
+    return dx, dbias, y
 
 
 def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """gate and up (rows, cols), last stride 1. Returns y in the wider dtype of the two."""
     M, N = gate.shape
     dtype = torch.promote_types(gate.dtype, up.dtype)
-    y = torch.empty((M, N), dtype=dtype, device=gate.device)
+    y = gate.new_empty((M, N), dtype=dtype)
     if y.numel() == 0:
         return y
     config = tile_config(N, _FWD_TILE)
     col_tiles = ceil_div(N, config.block_n)
-    _glu_fwd_kernel[(ceil_div(M, config.block_m) * col_tiles,)](
+    launch(
+        _glu_fwd_kernel, ceil_div(M, config.block_m) * col_tiles,
         gate, up, y, gate.stride(0), up.stride(0), M, N, col_tiles,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
@@ -215,21 +220,19 @@ def glu_bwd(
     need_dgate: bool,
     need_dup: bool,
     need_y: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns dgate, dup and the forward's y; what is not needed is empty."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Returns dgate, dup and the forward's y; None for what is not needed."""
     M, N = gate.shape
-    new = lambda needed, dtype: torch.empty(
-        (M, N) if needed else (0,), dtype=dtype, device=gate.device
-    )
+    new = lambda needed, dtype: gate.new_empty((M, N), dtype=dtype) if needed else None
     dgate, dup = new(need_dgate, gate.dtype), new(need_dup, up.dtype)
     y = new(need_y, torch.promote_types(gate.dtype, up.dtype))
     if gate.numel() == 0:
         return dgate, dup, y
     config = tile_config(N, _BWD_TILE)
     col_tiles = ceil_div(N, config.block_n)
-    _glu_bwd_kernel[(ceil_div(M, config.block_m) * col_tiles,)](
-        dy, gate, up, dgate if need_dgate else None, dup if need_dup else None,
-        y if need_y else None, dy.stride(0), gate.stride(0), up.stride(0), M, N, col_tiles,
+    launch(
+        _glu_bwd_kernel, ceil_div(M, config.block_m) * col_tiles,
+        dy, gate, up, dgate, dup, y, dy.stride(0), gate.stride(0), up.stride(0), M, N, col_tiles,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -18,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.column_sum import column_sums
 from fastlm.kernels.configs import WIDEST_ROW, ceil_div, dropout_args, multiprocessors, row_config
+from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import dropout_keep
 
 _TRITON_DTYPES = {
@@ -282,19 +284,19 @@ def norm_fwd(
     kind: str,
     out_dtype: torch.dtype,
     keep_z: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, residual (rows, cols), last stride 1. Returns y, z, mean, rstd; the unwanted are empty."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """x, residual (rows, cols), last stride 1. Returns y, z, mean, rstd; None for the unwanted."""
     M, N = x.shape
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty((M, N), dtype=out_dtype, device=x.device)
-    z = torch.empty((M, N) if keep_z else (0,), dtype=z_dtype, device=x.device)
-    mean = torch.empty(M if kind == "layer" else 0, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    y = x.new_empty((M, N), dtype=out_dtype)
+    z = x.new_empty((M, N), dtype=z_dtype) if keep_z else None
+    mean = x.new_empty(M, dtype=torch.float32) if kind == "layer" else None
+    rstd = x.new_empty(M, dtype=torch.float32)
     if M == 0:
         return y, z, mean, rstd
     config = row_config(N)
     threshold, scale = dropout_args(dropout_p)
-    tensors = (x, residual, weight, bias, seed, y, z if keep_z else None, mean, rstd)
+    tensors = (x, residual, weight, bias, seed, y, z, mean, rstd)
     stride_rm = 0 if residual is None else residual.stride(0)
     sizes = (x.stride(0), stride_rm, M, N, eps, threshold, scale)
     constants = dict(
@@ -305,10 +307,11 @@ def norm_fwd(
         enable_fp_fusion=True,
     )
     if N > WIDEST_ROW:
-        _norm_fwd_wide_kernel[(M,)](*tensors, *sizes, **constants)
+        launch(_norm_fwd_wide_kernel, M, *tensors, *sizes, **constants)
     else:
-        grid = (ceil_div(M, config.block_m),)
-        _norm_fwd_kernel[grid](*tensors, *sizes, BLOCK_M=config.block_m, **constants)
+        programs = ceil_div(M, config.block_m)
+        constants["BLOCK_M"] = config.block_m
+        launch(_norm_fwd_kernel, programs, *tensors, *sizes, **constants)
     return y, z, mean, rstd
 
 
@@ -317,7 +320,7 @@ def norm_bwd(
     dz: torch.Tensor | None,
     z: torch.Tensor,
     weight: torch.Tensor | None,
-    mean: torch.Tensor,
+    mean: torch.Tensor | None,
     rstd: torch.Tensor,
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -326,44 +329,39 @@ def norm_bwd(
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dz, dx, dweight, dbias); those whose dtype is None are empty and not computed.
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients (dz, dx, dweight, dbias); those whose dtype is None are None and not computed.
 
     dz is the gradient of residual; dx differs from it where dropout or another dtype does.
     """
     M, N = z.shape
-    new = lambda shape, dtype: torch.empty(
-        (0,) if dtype is None else shape, dtype=dtype or torch.float32, device=z.device
-    )
+    new = lambda shape, dtype: None if dtype is None else z.new_empty(shape, dtype=dtype)
     out_dz, out_dx = new((M, N), dz_dtype), new((M, N), dx_dtype)
+    dweight, dbias = new(N, dweight_dtype), new(N, dbias_dtype)
     if M == 0:
-        return out_dz, out_dx, new(N, dweight_dtype).zero_(), new(N, dbias_dtype).zero_()
+        dweight, dbias = (None if x is None else x.zero_() for x in (dweight, dbias))
+        return out_dz, out_dx, dweight, dbias
     config = row_config(N)
     wide = N > WIDEST_ROW
     # Half of the forward's tile: twice as many values are alive, and sm_100 spilled otherwise.
     tile_m = 4 if wide else max(1, config.block_m // 2)
     programs = min(ceil_div(M, tile_m), (1 if wide else 4) * multiprocessors(z.device))
-    fp32 = lambda dtype: None if dtype is None else torch.float32
-    dweight, dbias = new((programs, N), fp32(dweight_dtype)), new((programs, N), fp32(dbias_dtype))
-    given = lambda x: x if x.numel() else None
-    threshold, scale = dropout_args(dropout_p)
-    fused = dict(KIND=KINDS[kind], enable_fp_fusion=True)
-    common = dict(fused, num_warps=config.num_warps)
-    ins = (dy, dz, z, weight, mean, rstd, seed, given(out_dz), given(out_dx))
-    sizes = (dy.stride(0), 0 if dz is None else dz.stride(0), z.stride(0), M, N, threshold, scale)
-    if not wide:
-        _norm_bwd_kernel[(programs,)](
-            *ins, given(dweight), given(dbias), *sizes,
-            BLOCK_M=tile_m, BLOCK_N=config.block_n, **common,
-        )  # fmt: skip
-    else:
-        if given(out_dz) is not None or given(out_dx) is not None:
-            _norm_bwd_wide_kernel[(M,)](*ins, *sizes, BLOCK_N=config.block_n, **common)
-        if given(dweight) is not None or given(dbias) is not None:
-            _norm_dweight_kernel[(ceil_div(N, 512) * programs,)](
-                dy, z, mean, rstd, given(dweight), given(dbias), dy.stride(0), z.stride(0),
-                M, N, programs, BLOCK_M=tile_m, BLOCK_N=512, **fused,
-            )  # fmt: skip
     # One row a program, summed in a fixed order.
-    reduce = lambda partial, dtype: partial if dtype is None else partial.sum(0).to(dtype)
-    return out_dz, out_dx, reduce(dweight, dweight_dtype), reduce(dbias, dbias_dtype)
+    partials = [new((programs, N), None if x is None else torch.float32) for x in (dweight, dbias)]
+    threshold, scale = dropout_args(dropout_p)
+    ins = (dy, dz, z, weight, mean, rstd, seed, out_dz, out_dx)
+    sizes = (dy.stride(0), 0 if dz is None else dz.stride(0), z.stride(0), M, N, threshold, scale)
+    fused = dict(KIND=KINDS[kind], enable_fp_fusion=True)
+    common = dict(fused, BLOCK_N=config.block_n, num_warps=config.num_warps)
+    if not wide:
+        launch(_norm_bwd_kernel, programs, *ins, *partials, *sizes, BLOCK_M=tile_m, **common)
+    else:
+        if out_dz is not None or out_dx is not None:
+            launch(_norm_bwd_wide_kernel, M, *ins, *sizes, **common)
+        if dweight is not None or dbias is not None:
+            launch(
+                _norm_dweight_kernel, ceil_div(N, 512) * programs, dy, z, mean, rstd, *partials,
+                dy.stride(0), z.stride(0), M, N, programs, BLOCK_M=tile_m, BLOCK_N=512, **fused,
+            )  # fmt: skip
+    column_sums(partials, (dweight, dbias))
+    return out_dz, out_dx, dweight, dbias

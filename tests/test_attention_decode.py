@@ -221,13 +221,13 @@ def test_decode_contracts(device):
     q, k_cache, v_cache = plain(device, seqlen_q=2)
     lens = torch.tensor([7, 0], device=device)
     new = randn(B, 1, H_K, D, device=device)
-    torch.library.opcheck(attention_decode_append, (k_cache, v_cache, new, new, lens))
+    torch.library.opcheck(attention_decode_append.op, (k_cache, v_cache, new, new, lens))
     table, slopes, bias = (randn(*s, device=device) for s in ((6, H), (B, H), (1, H, 1, N)))
     mask, sinks = torch.ones(1, 1, 1, N, dtype=torch.bool, device=device), randn(H, device=device)
     options = "bottom_right", 0.3, -1, 3, 1.5, True, 9
     for biases in ((None, table), (bias, None)):
         args = q, k_cache, v_cache, lens, 1, mask, *biases, slopes, sinks, *options
-        torch.library.opcheck(attention_decode_fwd, args)
+        torch.library.opcheck(attention_decode_fwd.op, args)
 
 
 @pytest.mark.parametrize("change,reason", [

@@ -381,7 +381,7 @@ def test_epilogue_opcheck(impl, device):
     t = lambda *shape, **kw: randn(*shape, device=device, dtype=torch.float16, **kw)
     x, w, h, w2, b = t(9, 16), t(40, 16), t(9, 40), t(16, 40), randn(40, device=device)
     seed = torch.full((), SEED, device=device)
-    check = lambda op, *args: torch.library.opcheck(op, args)
+    check = lambda op, *args: torch.library.opcheck(op.op, args)
     for need in ((True, True), (False, True), (True, False)):
         check(ways.ffn_up, x, w, b, seed, "gelu", 0.5, *need)
         check(ways.gated_up, x, w, w, "silu", *need)

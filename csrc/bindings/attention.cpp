@@ -121,7 +121,7 @@ SevenTensors attention_bwd_op(
   const bool packed = cu_seqlens_q.has_value();
   const auto nothing = [&] { return new_empty(q, {0}, std::nullopt); };
   const auto gradient = [&](const Tensor& x, bool needed) {
-    return needed ? new_like(x, packed) : new_empty(x, {0}, x.scalar_type());
+    return needed ? new_like(x, packed) : nothing();
   };
   const Tensor dq = gradient(q, need_dq), dk = gradient(k, need_dkv), dv = gradient(v, need_dkv);
   const Tensor delta = new_like(lse, false);

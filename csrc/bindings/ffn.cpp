@@ -21,10 +21,17 @@ Activation activation_of(const std::string& name) {
   return kNames.at(name);
 }
 
-// Of x's shape, or empty where it is not wanted.
+// Of x's shape, or what stands for a result that is not wanted.
 Tensor new_rows(const Tensor& x, bool wanted, ScalarType dtype) {
-  if (!wanted) return new_empty(x, {0}, dtype);
-  return new_empty(x, {x.size(0), x.size(1)}, dtype);
+  return new_empty(x, {x.size(0), x.size(1)},
+                   wanted ? std::optional<ScalarType>(dtype) : std::nullopt);
+}
+
+// Kernels are chosen by the dtype of a result that is not wanted too.
+RowTensor outgoing(const Tensor& result, ScalarType dtype) {
+  RowTensor rows = row_tensor(result);
+  rows.dtype = dtype_of(dtype);
+  return rows;
 }
 
 // Kernels read dy as what y was, and autograd gives it so.
@@ -62,15 +69,16 @@ ThreeTensors bias_act_bwd_op(Tensor dy, Tensor x, MaybeTensor bias, MaybeTensor 
   const ScalarType dtype = x.scalar_type();
   const int64_t cols = x.size(1);
   Tensor dx = new_rows(x, need_dx, dtype), y = new_rows(x, need_y, dtype);
-  Tensor dbias = new_empty(x, {need_dbias ? cols : 0}, need_dbias ? bias->scalar_type() : dtype);
+  Tensor dbias = new_empty(
+      x, {cols}, need_dbias ? std::optional<ScalarType>(bias->scalar_type()) : std::nullopt);
 
   BiasActBackward backward{};
   backward.call = bias_act_of(x, bias, seed, activation, dropout_p);
   if (need_dbias) check(bias_act_bwd_groups(backward.call, &backward.groups), "bias_act_bwd");
   Tensor partials = new_empty(x, {backward.groups, cols}, ScalarType::Float);
   backward.dy = incoming(dy, dtype);
-  backward.dx = row_tensor(dx);
-  backward.y = row_tensor(y);
+  backward.dx = outgoing(dx, dtype);
+  backward.y = outgoing(y, dtype);
   backward.dbias = data_or_null(dbias);
   backward.partials = static_cast<float*>(data_or_null(partials));
   check(bias_act_bwd(backward, scope.stream()), "bias_act_bwd");
@@ -102,9 +110,9 @@ ThreeTensors glu_bwd_op(Tensor dy, Tensor gate, Tensor up, std::string activatio
   call.dy = incoming(dy, dtype);
   call.gate = row_tensor(gate);
   call.up = row_tensor(up);
-  call.dgate = row_tensor(dgate);
-  call.dup = row_tensor(dup);
-  call.y = row_tensor(y);
+  call.dgate = outgoing(dgate, gate.scalar_type());
+  call.dup = outgoing(dup, up.scalar_type());
+  call.y = outgoing(y, dtype);
   call.rows = gate.size(0);
   call.cols = gate.size(1);
   call.activation = activation_of(activation);

@@ -58,10 +58,10 @@ FourTensors norm_fwd_op(Tensor x, MaybeTensor residual, MaybeTensor weight, Mayb
   return {y, z, mean, rstd};
 }
 
-FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weight, Tensor mean,
-                        Tensor rstd, MaybeTensor seed, double dropout_p, std::string kind,
-                        MaybeType dz_dtype, MaybeType dx_dtype, MaybeType dweight_dtype,
-                        MaybeType dbias_dtype) {
+FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weight,
+                        MaybeTensor mean, Tensor rstd, MaybeTensor seed, double dropout_p,
+                        std::string kind, MaybeType dz_dtype, MaybeType dx_dtype,
+                        MaybeType dweight_dtype, MaybeType dbias_dtype) {
   const LaunchScope scope(dy);
   const int64_t rows = z.size(0), cols = z.size(1);
   Tensor dz = new_empty(z, {rows, cols}, dz_dtype);
@@ -85,7 +85,7 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   call.dx = row_tensor(dx);
   call.dweight = row_tensor(dweight);
   call.dbias = row_tensor(dbias);
-  call.mean = static_cast<const float*>(data_or_null(mean));
+  call.mean = static_cast<const float*>(data_of(mean));
   call.rstd = static_cast<const float*>(data_or_null(rstd));
   call.dweight_partials = static_cast<float*>(data_or_null(dweight_partials));
   call.dbias_partials = static_cast<float*>(data_or_null(dbias_partials));

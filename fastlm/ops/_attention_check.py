@@ -115,6 +115,8 @@ def to_common_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     lower = autocast_dtype(tensors[0].device)
     if lower is not None:
         tensors = [x if x.dtype == torch.float64 else x.to(lower) for x in tensors]
+    if all(x.dtype == tensors[0].dtype for x in tensors):
+        return list(tensors)
     common = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(common) for x in tensors]
 

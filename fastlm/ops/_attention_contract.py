@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops._library import contract, cuda_contract
+from fastlm.ops._library import contract, cuda_contract, unwanted
 
 
 def _attention_fwd_fake(
@@ -31,7 +31,7 @@ def _attention_fwd_fake(
     stats = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     fp32 = lambda shape: q.new_empty(shape, dtype=torch.float32)
-    return out, fp32(stats), fp32(stats if exact else (0,))
+    return out, fp32(stats), fp32(stats) if exact else unwanted(q)
 
 
 @contract(_attention_fwd_fake)
@@ -62,7 +62,7 @@ def attention_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, lse_low), contiguous, the last two in fp32.
 
-    lse_low is what lse lost to rounding, for gradients in fp32; unless `exact`, it has shape (0,).
+    lse_low is what lse lost to rounding, for gradients in fp32; not wanted unless `exact`.
     """
     from fastlm.kernels.attention_fwd import attention_fwd as launch
     from fastlm.kernels.attention_scores import Options
@@ -72,8 +72,7 @@ def attention_fwd(
         softmax_scale, window_left, window_right, softcap, dropout_p, bidirectional, max_distance,
         max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    out, lse, lse_low = launch(q, k, v, options, exact)
-    return out, lse, lse.new_empty((0,)) if lse_low is None else lse_low
+    return launch(q, k, v, options, exact)
 
 
 def _attention_bwd_fake(
@@ -82,13 +81,11 @@ def _attention_bwd_fake(
     bidirectional, max_distance, max_seqlen_q, max_seqlen_k, need_dq, need_dkv, need_dbias,
     need_dtable, need_dalibi, need_dsinks,
 ):  # fmt: skip
-    like = lambda x, needed: (
-        x.new_empty(x.shape) if needed else q.new_empty((0,), dtype=torch.float32)
-    )
+    like = lambda x, needed: x.new_empty(x.shape) if needed else unwanted(q)
     return (
-        q.new_empty(q.shape if need_dq else (0,)),
-        k.new_empty(k.shape if need_dkv else (0,)),
-        v.new_empty(v.shape if need_dkv else (0,)),
+        like(q, need_dq),
+        like(k, need_dkv),
+        like(v, need_dkv),
         like(bias, need_dbias),
         like(table, need_dtable),
         like(alibi_slopes, need_dalibi),
@@ -142,8 +139,7 @@ def attention_bwd(
 ]:
     """(dq, dk, dv, dbias, dtable, dalibi, dsinks), contiguous, each in its input's shape and dtype.
 
-    What is not needed has shape (0,); of the last four, also dtype fp32. lse_low is None where no
-    gradient is in fp32; dlse is the gradient of lse.
+    lse_low is None where no gradient is in fp32; dlse is the gradient of lse.
     """
     from fastlm.kernels.attention_bwd import attention_bwd as launch
     from fastlm.kernels.attention_scores import Options

@@ -13,6 +13,7 @@ import torch
 from fastlm.backends import Impl
 from fastlm.ops import _attention_cuda
 from fastlm.ops._attention_contract import CONTRACTS
+from fastlm.ops._library import apply
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
@@ -46,7 +47,7 @@ def attention(impl: Impl, q, k, v, options: dict, packing: tuple | None = None):
     learned = [x for x in learned if x is not None and x.requires_grad]
     if torch.is_grad_enabled() and learned:
         exact = any(x.dtype.itemsize >= 4 for x in learned)
-        out, lse, _ = _Attention.apply(q, k, v, *tensors, scalars, exact, impl)
+        out, lse, _ = apply(_Attention, q, k, v, *tensors, scalars, exact, impl)
     else:
         forward, _ = CONTRACTS[impl]
         out, lse, _ = forward(q, k, v, *tensors, *scalars, False)
@@ -97,7 +98,8 @@ class _Attention(torch.autograd.Function):
         *tensors, ctx.scalars, exact, ctx.impl = inputs
         out, lse, lse_low = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse_low)
+        if lse_low is not None:
+            ctx.mark_non_differentiable(lse_low)
         ctx.save_for_backward(*tensors, out, lse, lse_low if exact else None)
 
     @staticmethod

@@ -12,6 +12,7 @@ import contextlib
 import torch
 
 from fastlm.ops._check import autocast_dtype
+from fastlm.ops._library import apply
 from fastlm.ops._transforms import gradients, in_create_graph, in_transform
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
@@ -97,7 +98,7 @@ def _differentiable(out, q, k, v, options: dict) -> torch.Tensor:
         return out
     tensors = [options[name] for name in _TENSORS]
     others = {name: x for name, x in options.items() if name not in _TENSORS}
-    return _Detour.apply(out, q, k, v, *tensors, others)
+    return apply(_Detour, out, q, k, v, *tensors, others)
 
 
 class _Detour(torch.autograd.Function):

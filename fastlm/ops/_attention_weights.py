@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.ops import _attention_kernels
-from fastlm.ops._library import contract
+from fastlm.ops._library import apply, contract
 from fastlm.ops._transforms import gradients
 from fastlm.reference import attention as reference
 
@@ -121,7 +121,7 @@ def attention_weights(q, k, lse, options: dict) -> torch.Tensor:
     mask, bias, table, seqlens_k, _, _, alibi_slopes, _, seed = tensors
     inputs = q, k, lse.float().contiguous(), mask, bias, table, seqlens_k, alibi_slopes, seed
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Weights.apply(*inputs, scalars[:-2])
+        return apply(_Weights, *inputs, scalars[:-2])
     return attention_weights_fwd(*inputs, *scalars[:-2])
 
 

@@ -34,12 +34,12 @@ def require_device(op: str, arg: str, x: torch.Tensor, device: torch.device) -> 
 
 def require_shape(op: str, arg: str, x: torch.Tensor, shape: tuple, form: str) -> None:
     """`form` names the dimensions, e.g. "(dim,)"."""
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise fail(op, arg, f"have shape {form} = {tuple(shape)}", tuple(x.shape))
 
 
 def require_probability(op: str, arg: str, p) -> None:
-    if not isinstance(p, (int, float)) or isinstance(p, bool):
+    if type(p) is not float and (not isinstance(p, (int, float)) or isinstance(p, bool)):
         raise fail(op, arg, "be a number from 0 to 1", type(p).__name__, TypeError)
     if not 0.0 <= p <= 1.0:
         raise fail(op, arg, "be a number from 0 to 1", p)
@@ -87,6 +87,8 @@ def make_seed(op: str, seed, dropout_p: float, device: torch.device) -> torch.Te
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast lowers matrix products on this device, or None outside it."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     # Autocast knows no meta device, and raises.
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.ops._ffn_matmul import ffn_down_bwd, ffn_up, gated_down_bwd, gated_up, library_up
-from fastlm.ops._library import contract, cuda_contract
-from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._library import contract, cuda_contract, unwanted
+from fastlm.ops._rows import as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import gradients, in_create_graph
 from fastlm.reference import ffn as reference
 
@@ -38,9 +38,9 @@ def bias_act_fwd(
 
 def _bias_act_bwd_fake(dy, x, bias, seed, activation, dropout_p, need_dx, need_dbias, need_y):
     return (
-        x.new_empty(x.shape if need_dx else (0,)),
-        (bias if need_dbias else x).new_empty(x.shape[1:] if need_dbias else (0,)),
-        x.new_empty(x.shape if need_y else (0,)),
+        x.new_empty(x.shape) if need_dx else unwanted(x),
+        bias.new_empty(x.shape[1:]) if need_dbias else unwanted(x),
+        x.new_empty(x.shape) if need_y else unwanted(x),
     )
 
 
@@ -75,9 +75,9 @@ def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
 def _glu_bwd_fake(dy, gate, up, activation, need_dgate, need_dup, need_y):
     dtype = torch.promote_types(gate.dtype, up.dtype)
     return (
-        gate.new_empty(gate.shape if need_dgate else (0,)),
-        up.new_empty(up.shape if need_dup else (0,)),
-        gate.new_empty(gate.shape if need_y else (0,), dtype=dtype),
+        gate.new_empty(gate.shape) if need_dgate else unwanted(gate),
+        up.new_empty(up.shape) if need_dup else unwanted(gate),
+        gate.new_empty(gate.shape, dtype=dtype) if need_y else unwanted(gate),
     )
 
 
@@ -140,7 +140,7 @@ def _bias_act_gradients(impl, incoming, inputs, kept, options, needs):
     dx, dbias, _ = backward(
         as_rows(dy), as_rows(x), bias, *kept, *options, need_dx, need_dbias, False
     )
-    return dx.view(x.shape) if need_dx else None, dbias if need_dbias else None
+    return viewed_as(dx, x) if need_dx else None, dbias if need_dbias else None
 
 
 def _bias_act_reference(inputs, kept, options):
@@ -174,7 +174,7 @@ def _glu_gradients(impl, incoming, inputs, kept, options, needs):
     rows = [as_rows(x) for x in (*incoming, *inputs)]
     _, backward = _GLU[impl]
     *grads, _ = backward(*rows, *options, *needs, False)
-    return tuple(g.view(inputs[0].shape) if n else None for g, n in zip(grads, needs, strict=True))
+    return tuple(viewed_as(g, inputs[0]) if n else None for g, n in zip(grads, needs, strict=True))
 
 
 def _glu_reference(inputs, kept, options):

@@ -24,6 +24,8 @@ def in_transform() -> bool:
         return False  # there the compiler refuses what it cannot trace
     if forward_ad._current_level >= 0:
         return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
     vmap = torch._C._functorch.TransformType.Vmap
     return any(i.key() == vmap for i in torch._C._functorch.get_interpreter_stack() or ())
 

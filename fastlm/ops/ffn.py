@@ -17,6 +17,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
 from fastlm.ops._ffn_matmul import WAYS, choose_way, library_has
+from fastlm.ops._library import apply
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
 from fastlm.reference import ffn as reference
 
@@ -60,7 +61,7 @@ def bias_act(
     backend = choose("bias_act", impl, _BACKENDS, x.device, tensors)
     if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
-    return BiasAct.apply(x, _contiguous(bias), seed, activation, float(dropout_p), backend)
+    return apply(BiasAct, x, _contiguous(bias), seed, activation, float(dropout_p), backend)
 
 
 def glu(
@@ -91,7 +92,7 @@ def glu(
     backend = choose("glu", impl, _BACKENDS, gate.device, tensors)
     if backend == "torch":
         return reference.glu(gate, up, activation=activation)
-    return Glu.apply(gate, up, activation, backend)
+    return apply(Glu, gate, up, activation, backend)
 
 
 def ffn(
@@ -166,7 +167,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     options = (activation, float(dropout_p), keep, backend, goes(backend))
-    y, *_ = Ffn.apply(x, w1, _contiguous(b1), w2, b2, seed, *options)
+    y, *_ = apply(Ffn, x, w1, _contiguous(b1), w2, b2, seed, *options)
     return y
 
 
@@ -229,7 +230,7 @@ def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recomp
         recompute = recompute and not in_functorch()
         return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
     weights = (w.to(x.dtype) for w in weights)
-    y, *_ = GatedFfn.apply(x, *weights, activation, keep, backend, goes(backend))
+    y, *_ = apply(GatedFfn, x, *weights, activation, keep, backend, goes(backend))
     return y
 
 

@@ -18,8 +18,8 @@ from fastlm.ops._check import (
     require_probability,
     require_shape,
 )
-from fastlm.ops._library import contract, cuda_contract
-from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._library import apply, contract, cuda_contract, unwanted
+from fastlm.ops._rows import as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
 
@@ -31,8 +31,8 @@ def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dt
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return (
         x.new_empty((rows, cols), dtype=out_dtype),
-        x.new_empty((rows, cols) if keep_z else (0,), dtype=z_dtype),
-        x.new_empty(rows if kind == "layer" else 0, dtype=torch.float32),
+        x.new_empty((rows, cols), dtype=z_dtype) if keep_z else unwanted(x),
+        x.new_empty(rows, dtype=torch.float32) if kind == "layer" else unwanted(x),
         x.new_empty(rows, dtype=torch.float32),
     )
 
@@ -59,9 +59,7 @@ def _norm_bwd_fake(
     dy, dz, z, weight, mean, rstd, seed, dropout_p, kind, dz_dtype, dx_dtype, dweight_dtype,
     dbias_dtype,
 ):  # fmt: skip
-    new = lambda shape, dtype: z.new_empty(
-        (0,) if dtype is None else shape, dtype=dtype or torch.float32
-    )
+    new = lambda shape, dtype: unwanted(z) if dtype is None else z.new_empty(shape, dtype=dtype)
     cols = z.shape[1]
     return (
         new(z.shape, dz_dtype),
@@ -77,7 +75,7 @@ def norm_bwd(
     dz: torch.Tensor | None,
     z: torch.Tensor,
     weight: torch.Tensor | None,
-    mean: torch.Tensor,
+    mean: torch.Tensor | None,
     rstd: torch.Tensor,
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -109,12 +107,13 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, residual, *rest, impl = inputs
-        flat_residual = None if residual is None else as_rows(residual)
+    def forward(x, residual, weight, bias, seed, eps, dropout_p, kind, out_dtype, keep_z, impl):
+        # Named: where nothing takes a gradient, torch.compile counts them to see that no ctx comes.
         forward, _ = _CONTRACTS[impl]
-        y, z, mean, rstd = forward(as_rows(x), flat_residual, *rest)
-        keep_z = rest[-1]
+        y, z, mean, rstd = forward(
+            as_rows(x), None if residual is None else as_rows(residual), weight, bias, seed, eps,
+            dropout_p, kind, out_dtype, keep_z,
+        )  # fmt: skip
         return in_shape(y, x.shape), mean, rstd, *([in_shape(z, x.shape)] if keep_z else [])
 
     @staticmethod
@@ -123,7 +122,7 @@ class _Norm(torch.autograd.Function):
         ctx.eps, ctx.dropout_p, ctx.kind, ctx.out_dtype, _ = options
         _, mean, rstd, *z = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.mark_non_differentiable(*([rstd] if mean is None else [mean, rstd]))
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
         ctx.save_for_backward(z[0] if z else x, weight, bias, mean, rstd, seed)
 
@@ -144,8 +143,8 @@ class _Norm(torch.autograd.Function):
             as_rows(dy), None if dz is None else as_rows(dz), as_rows(z), weight, mean, rstd, seed,
             ctx.dropout_p, ctx.kind, dresidual_dtype, dx_dtype, dweight_dtype, dbias_dtype,
         )  # fmt: skip
-        dresidual = dz.view(z.shape) if need[1] else None
-        dx = (dresidual if dx_dtype is None else dx.view(z.shape)) if need[0] else None
+        dresidual = viewed_as(dz, z) if need[1] else None
+        dx = (dresidual if dx_dtype is None else viewed_as(dx, z)) if need[0] else None
         dweight = dweight if need[2] else None
         dbias = dbias if need[3] else None
         return dx, dresidual, dweight, dbias, *[None] * 7
@@ -176,7 +175,7 @@ def _z_gradients(impl, incoming, inputs, kept, options, needs):
         as_rows(z), weight, *kept, None, 0.0, options[0], dz_dtype, None, *vectors,
     )  # fmt: skip
     return tuple(
-        g.view(t.shape) if n else None
+        viewed_as(g, t) if n else None
         for g, t, n in zip((dz, *dvectors), inputs, needs, strict=True)
     )
 
@@ -307,8 +306,8 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     has_z = residual is not None or seed is not None
     inputs = (x, residual, weight, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, _, _, *z = _Norm.apply(
-        x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
+    y, _, _, *z = apply(
+        _Norm, x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
         has_z and (prenorm or trains), backend,
     )  # fmt: skip
     return (y, *(z or [x])) if prenorm else y
