@@ -1,4 +1,4 @@
-"""Sweeps launch configurations on a GPU and prints the row for `kernels/configs.py`.
+"""Sweeps launch configurations on a GPU and prints the row for `kernels/*configs.py`.
 
     python benchmarks/tune.py attention --part fwd dq dkv --headdim 64 128
     python benchmarks/tune.py decode --headdim 128 --group 4
@@ -37,14 +37,8 @@ from fastlm.bench.machine import describe
 from fastlm.bench.run import run_case
 from fastlm.bench.timing import measure
 from fastlm.kernels import ffn, ffn_matmul
-from fastlm.kernels.configs import (
-    AttentionConfig,
-    EpilogueConfig,
-    RowConfig,
-    attention_row,
-    next_power_of_2,
-    target,
-)
+from fastlm.kernels.attention_configs import AttentionConfig, attention_row
+from fastlm.kernels.configs import EpilogueConfig, RowConfig, next_power_of_2, target
 from fastlm.testing import assert_close, randn
 
 PROVIDER = "fastlm-triton"
@@ -370,7 +364,7 @@ def main() -> int:
     tunes = {"attention": tune_attention, "decode": tune_decode, "rows": tune_rows, "ffn": tune_ffn}
     tune = tunes[args.kind]
     best = tune(args, torch.device("cuda", torch.cuda.current_device()), dtype)
-    print("\nfor kernels/configs.py, fastest first:", *(best or ["nothing passed"]), sep="\n")
+    print("\nfor kernels/*configs.py, fastest first:", *(best or ["nothing passed"]), sep="\n")
     return 0 if best else 1
 
 

@@ -5,7 +5,7 @@
 //
 // RMSNorm drops the mean(wdy) term. As many blocks as the device holds go over the rows. A thread
 // keeps its columns: their sums of dweight and dbias stay in registers, their weight in shared
-// memory as fp32, and the next row is on its way there while this one is worked on. dy and z are
+// memory as fp32, and next rows are on their way there while this one is worked on. dy and z are
 // read once, dz and dx written once: of 2-byte elements 6 bytes an element, 8 with dz_in, and 2
 // more where dx is not dz. Each block leaves one fp32 row of sums, which column_sum adds up in
 // order. Rows wider than kWidest are norm_bwd_wide.cu's.
@@ -23,13 +23,15 @@ constexpr int kWidest = kItems * 1024;
 constexpr int kThreadsResident = 1024;  // of a multiprocessor, by their registers
 constexpr int kSlots = 2 * 32;          // of row_sum: two floats a warp
 
-// How many rows norm_bwd_kernel has in shared memory, the next one arriving while it works on this
-// one: none where vectors have fewer than 16 bytes. With a single place the next row arrives after
-// the sums of this one, vector by vector as that makes room.
+// How many rows norm_bwd_kernel has in shared memory at least, the next one arriving while it works
+// on this one: none where vectors have fewer than 16 bytes. With a single place the next row comes
+// after the sums of this one, vector by vector as that makes room. Two places are a ring, of
+// kMostPlaces where the multiprocessor has room for that: three rows are then on their way.
 template <typename DY, typename Z>
 constexpr int kPlaces = !std::is_same_v<DY, Z> || std::is_same_v<Z, Any> ? 0
                         : sizeof(Z) == 2                                 ? 2
                                                                          : 1;
+constexpr int kMostPlaces = 4;
 
 // Whether it holds the row in registers while the row's sums are made; else it reads it again.
 template <typename DY, typename Z>
@@ -97,8 +99,8 @@ struct ColumnSums {
   }
 };
 
-// Where a thread has its vectors of a row from: kPlaces places of its own in shared memory, vectors
-// of dy, then of z, or the tensors themselves.
+// Where a thread has its vectors of a row from: places of its own in shared memory, vectors of dy,
+// then of z, or the tensors themselves.
 template <typename DY, typename Z, int V>
 struct RowSource {
   const NormBackward& call;
@@ -116,9 +118,12 @@ struct RowSource {
     copy_async_16(to + kItems / V * own.lanes, static_cast<const Z*>(call.z.ptr) + z_at, valid);
   }
 
-  __device__ void begin_row(int64_t row, int place) const {
+  // A group without a copy where there is no `more`: whoever waits counts groups.
+  __device__ void begin_row(int64_t row, int place, bool more) const {
+    if (more) {
 #pragma unroll
-    for (int k = 0; k < kItems / V; k++) begin_copy(row, k, place);
+      for (int k = 0; k < kItems / V; k++) begin_copy(row, k, place);
+    }
     copy_async_commit();
   }
 
@@ -167,22 +172,29 @@ __global__ void __launch_bounds__(1024) norm_bwd_kernel(NormBackward call, Plan 
   // As many turns for all of the block, which meets in the sum.
   int left = static_cast<int>(ceil_div(call.rows - first, step));
   Incoming<DY, Z, V, kItems> in, next;
+  const int ahead = kRowPlaces == 2 ? plan.places - 1 : 1;  // rows on their way
   if constexpr (kRowPlaces > 0) {
     load_statistics(&next, call, row);
-    source.begin_row(row, kRowPlaces == 2 ? left % 2 : 0);
+    for (int i = 0; i < ahead; i++) {
+      source.begin_row(row + i * step, kRowPlaces == 2 ? (left - i) & ahead : 0, i < left);
+    }
   }
   for (; left > 0; left--, row += step) {
-    const int place = kRowPlaces == 2 ? left % 2 : 0;
+    const int place = kRowPlaces == 2 ? left & ahead : 0;  // `ahead` is 1 or 3
     if constexpr (kRowPlaces > 0) {
       in.mean = next.mean;
       in.rstd = next.rstd;
       load_statistics(&next, call, row + step);
-      copy_async_wait<0>();
+      if (kRowPlaces == 2 && ahead == kMostPlaces - 1) {
+        copy_async_wait<kMostPlaces - 2>();
+      } else {
+        copy_async_wait<0>();
+      }
     } else {
       load_statistics(&in, call, row);
     }
-    if constexpr (kRowPlaces == 2) {
-      if (left > 1) source.begin_row(row + step, 1 - place);
+    if constexpr (kRowPlaces == 2) {  // into the place of the row before
+      source.begin_row(row + ahead * step, (left + 1) & ahead, ahead < left);
     }
     if constexpr (kHolds) {
 #pragma unroll
@@ -241,7 +253,18 @@ cudaError_t launch_narrow(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
   plan.scratch = threads > plan.lanes ? plan.lanes * kItems : 0;
   size_t shared = (2 * kSlots + plan.lanes * kItems + plan.scratch) * sizeof(float);
   if (std::is_same_v<Z, Any>) shared += 2 * threads * kItems * sizeof(float);
-  shared += kPlaces<DY, Z> * threads * kItems * 2 * sizeof(Z);
+  const size_t place = threads * kItems * 2 * sizeof(Z);
+  plan.places = kPlaces<DY, Z>;
+  if (plan.places == 2) {
+    Device device;
+    const cudaError_t error = current_device(&device);
+    if (error != cudaSuccess) return error;
+    const size_t block = shared + kMostPlaces * place, reserved = 1024;
+    const size_t all = kThreadsResident / threads * (block + reserved);
+    const bool fits = block <= static_cast<size_t>(device.shared_bytes);
+    if (fits && all <= static_cast<size_t>(device.multiprocessor_bytes)) plan.places = kMostPlaces;
+  }
+  shared += plan.places * place;
   return launch(norm_bwd_kernel<DY, Z, V>, dim3(call.partials), threads, shared, stream, call,
                 plan);
 }

@@ -11,6 +11,7 @@ struct NormBackwardPlan {
   bool aligned;       // for Any: the others are always
   bool keeps_shared;  // a wide row's dy and z
   int scratch;        // floats of store_partial
+  int places;         // of a row in shared memory, 2 to the power of something if not 0
 };
 
 template <typename Z>
@@ -179,7 +180,7 @@ template <typename Launch>
 cudaError_t with_dtypes(const NormBackward& call, const Launch& launch) {
   const Dtype dy = call.dy.dtype, z = call.z.dtype;
   const int v = dy == z && z != Dtype::kFloat32 ? 8 : 4;
-  NormBackwardPlan plan{0, true, false, 0};
+  NormBackwardPlan plan{0, true, false, 0, 0};
   for (const RowTensor& t : {call.dy, call.dz_in, call.z, call.weight, call.dz, call.dx}) {
     plan.aligned = plan.aligned && is_aligned(t, call.cols, v);
   }

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kItems = 16;         // columns of a thread in a tile
 constexpr int kNarrowBlock = 128;  // threads where a row has at most a warp
+constexpr int kMostOfTwoRows = 512;  // threads that have registers for two rows at a time
 constexpr int kWidest = kItems * 1024;
 constexpr int kWideBlock = 512;
 constexpr int kSlots = 32;  // of row_sum: a warp each
@@ -35,32 +36,51 @@ __device__ inline bool is_whole(const Plan& plan) {
   return !std::is_same_v<X, Any> || plan.aligned;
 }
 
-// This thread's z of a tile: columns past the row's end hold 0.
+// What a thread adds up to its z of a tile, as it lies in memory; 0 past the row's end.
+template <typename X, typename Z, int V>
+struct Addends {
+  Vector<X, V> x[kItems / V];
+  Vector<Z, V> residual[kItems / V];
+};
+
+// Of Any the residual comes when it is added: as floats it would take too many registers.
+template <typename Z>
+constexpr bool kEarly = !std::is_same_v<Z, Any>;
+
 template <typename X, typename Z, int V, typename Index>
-__device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& call, int64_t row,
+__device__ inline void load_x(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
                               bool valid, Columns<V> columns, Index first, bool whole) {
   const int64_t cols = valid ? call.cols : 0;
-  Vector<X, V> x[kItems / V] = {};
-  Vector<Z, V> residual[kItems / V] = {};
 #pragma unroll
   for (int k = 0; k < kItems / V; k++) {
+    in->x[k] = Vector<X, V>{};
     const auto col = columns.at(first, k);
     const int count = columns_at<V>(col, cols, whole);
-    if (count > 0) x[k] = load_once<X, V>(call.x, row * call.x.stride + col, count, whole);
+    if (count > 0) in->x[k] = load_once<X, V>(call.x, row * call.x.stride + col, count, whole);
   }
-  // On its way with x; as floats it would take too many registers there.
-  constexpr bool kEarly = !std::is_same_v<Z, Any>;
-  const int64_t residual_row = row * call.residual.stride;
-  if (kEarly && call.residual.ptr != nullptr) {
+}
+
+template <typename X, typename Z, int V, typename Index>
+__device__ inline void load_residual(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
+                                     bool valid, Columns<V> columns, Index first, bool whole) {
+  const int64_t cols = valid ? call.cols : 0;
 #pragma unroll
-    for (int k = 0; k < kItems / V; k++) {
-      const auto col = columns.at(first, k);
-      const int count = columns_at<V>(col, cols, whole);
-      if (count > 0) {
-        residual[k] = load_once<Z, V>(call.residual, residual_row + col, count, whole);
-      }
+  for (int k = 0; k < kItems / V; k++) {
+    in->residual[k] = Vector<Z, V>{};
+    const auto col = columns.at(first, k);
+    const int count = columns_at<V>(col, cols, whole);
+    if (count > 0) {
+      in->residual[k] =
+          load_once<Z, V>(call.residual, row * call.residual.stride + col, count, whole);
     }
   }
+}
+
+template <typename X, typename Z, int V, typename Index>
+__device__ inline void add_up(Vector<Z, V> (&z)[kItems / V], const Addends<X, Z, V>& in,
+                              const NormForward& call, int64_t row, bool valid,
+                              Columns<V> columns, Index first, bool whole) {
+  const int64_t cols = valid ? call.cols : 0;
   uint32_t keep = ~0u;
   if (call.dropout.seed != nullptr) {
     const uint64_t seed = static_cast<uint64_t>(*call.dropout.seed);
@@ -69,7 +89,7 @@ __device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& 
 #pragma unroll
   for (int k = 0; k < kItems / V; k++) {
     float sum[V], more[V];
-    unpack(sum, x[k]);
+    unpack(sum, in.x[k]);
     if (call.dropout.seed != nullptr) {
 #pragma unroll
       for (int i = 0; i < V; i++) {
@@ -77,12 +97,13 @@ __device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& 
       }
     }
     if (call.residual.ptr != nullptr) {
-      if constexpr (kEarly) {
-        unpack(more, residual[k]);
+      if constexpr (kEarly<Z>) {
+        unpack(more, in.residual[k]);
       } else {
         const auto col = columns.at(first, k);
         const int count = columns_at<V>(col, cols, whole);
-        load_floats(more, call.residual, residual_row + col, count, whole && count > 0);
+        load_floats(more, call.residual, row * call.residual.stride + col, count,
+                    whole && count > 0);
       }
 #pragma unroll
       for (int i = 0; i < V; i++) sum[i] += more[i];
@@ -92,6 +113,26 @@ __device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& 
       for (int i = 0; i < V; i++) sum[i] = rounded(sum[i], call.z_dtype);
     }
     pack(&z[k], sum);
+  }
+}
+
+// This thread's z of a tile, of R rows from `row` on; no load waits for what another brings.
+template <typename X, typename Z, int V, int R, typename Index>
+__device__ inline void load_z(Vector<Z, V> (&z)[R][kItems / V], const NormForward& call,
+                              int64_t row, int64_t rows, Columns<V> columns, Index first,
+                              bool whole) {
+  Addends<X, Z, V> in[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) load_x(&in[r], call, row + r, row + r < rows, columns, first, whole);
+  if (kEarly<Z> && call.residual.ptr != nullptr) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      load_residual(&in[r], call, row + r, row + r < rows, columns, first, whole);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    add_up(z[r], in[r], call, row + r, row + r < rows, columns, first, whole);
   }
 }
 
@@ -110,17 +151,17 @@ __device__ inline void store_z(const Vector<Z, V> (&z)[kItems / V], const NormFo
   }
 }
 
-template <typename Z, int V, typename Index>
-__device__ inline void store_y(const Vector<Z, V> (&z)[kItems / V], float mean, float rstd,
-                               const NormForward& call, int64_t row, int64_t cols,
+// y of R rows from `row` on, with weight and bias loaded once.
+template <typename Z, int V, int R, typename Index>
+__device__ inline void store_y(const Vector<Z, V> (&z)[R][kItems / V], const float (&mean)[R],
+                               const float (&rstd)[R], const NormForward& call, int64_t row,
                                Columns<V> columns, Index first, bool whole) {
 #pragma unroll
   for (int k = 0; k < kItems / V; k++) {
     const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, cols, whole);
+    const int count = columns_at<V>(col, row < call.rows ? call.cols : 0, whole);
     if (count == 0) continue;
-    float y[V], weight[V], bias[V];
-    unpack(y, z[k]);
+    float weight[V], bias[V];
     fill(weight, 1.0f);
     if (call.weight.ptr != nullptr) {
       load_floats(weight, call.weight, col, count, whole);
@@ -131,14 +172,20 @@ __device__ inline void store_y(const Vector<Z, V> (&z)[kItems / V], float mean, 
     fill(bias, 0.0f);
     if (call.bias.ptr != nullptr) load_floats(bias, call.bias, col, count, whole);
 #pragma unroll
-    for (int i = 0; i < V; i++) y[i] = (y[i] - mean) * rstd;
-    if (call.kind == NormKind::kLlama) {
+    for (int r = 0; r < R; r++) {
+      if (r > 0 && row + r >= call.rows) break;
+      float y[V];
+      unpack(y, z[r][k]);
 #pragma unroll
-      for (int i = 0; i < V; i++) y[i] = rounded(y[i], call.x.dtype);
+      for (int i = 0; i < V; i++) y[i] = (y[i] - mean[r]) * rstd[r];
+      if (call.kind == NormKind::kLlama) {
+#pragma unroll
+        for (int i = 0; i < V; i++) y[i] = rounded(y[i], call.x.dtype);
+      }
+#pragma unroll
+      for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
+      store_floats<std::is_same_v<Z, Any>>(call.y, (row + r) * call.cols + col, y, count, whole);
     }
-#pragma unroll
-    for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
-    store_floats<std::is_same_v<Z, Any>>(call.y, row * call.cols + col, y, count, whole);
   }
 }
 
@@ -152,50 +199,65 @@ __device__ inline void store_statistics(const NormForward& call, int64_t row, fl
   call.rstd[row] = rstd;
 }
 
-// Rows that fit into registers: `lanes` threads each.
-template <typename X, typename Z, int V>
-__global__ void __launch_bounds__(1024) norm_fwd_kernel(NormForward call, Plan plan) {
+// Rows that fit into registers: `lanes` threads each, which take R rows at once, so that twice as
+// many loads are on their way and two rows share the barriers of a sum.
+template <typename X, typename Z, int V, int R>
+__global__ void __launch_bounds__(R == 1 ? 1024 : kMostOfTwoRows)
+    norm_fwd_kernel(NormForward call, Plan plan) {
   const bool whole = is_whole<X>(plan);
-  const int rows = static_cast<int>(blockDim.x) / plan.lanes;
+  const int groups = static_cast<int>(blockDim.x) / plan.lanes;
+  const int group = static_cast<int>(threadIdx.x) / plan.lanes;
   const Columns<V> columns{plan.lanes, static_cast<int>(threadIdx.x) % plan.lanes};
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * rows + static_cast<int>(threadIdx.x) / plan.lanes;
-  const bool valid = row < call.rows;
-  const int64_t cols = valid ? call.cols : 0;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * groups + group) * R;
   float* slots = shared_memory<float>();
 
-  Vector<Z, V> z[kItems / V];
-  load_z<X, Z, V>(z, call, row, valid, columns, 0, whole);
-  if (call.z.ptr != nullptr) store_z(z, call, row, cols, columns, 0, whole);
-
-  float mean[1] = {0.0f};
+  Vector<Z, V> z[R][kItems / V];
+  load_z<X>(z, call, first, call.rows, columns, 0, whole);
+  float mean[R] = {};
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int64_t cols = first + r < call.rows ? call.cols : 0;
+    if (call.z.ptr != nullptr) store_z(z[r], call, first + r, cols, columns, 0, whole);
+    if (call.kind == NormKind::kLayer) {
+#pragma unroll
+      for (int k = 0; k < kItems / V; k++) {
+        float values[V];
+        unpack(values, z[r][k]);
+#pragma unroll
+        for (int i = 0; i < V; i++) mean[r] += values[i];
+      }
+    }
+  }
   if (call.kind == NormKind::kLayer) {
+    row_sum(mean, plan.lanes, slots);
+#pragma unroll
+    for (int r = 0; r < R; r++) mean[r] /= static_cast<float>(call.cols);
+  }
+  float squares[R] = {};
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int64_t cols = first + r < call.rows ? call.cols : 0;
 #pragma unroll
     for (int k = 0; k < kItems / V; k++) {
+      const int count = columns_at<V>(columns.at(0, k), cols, whole);
       float values[V];
-      unpack(values, z[k]);
+      unpack(values, z[r][k]);
 #pragma unroll
-      for (int i = 0; i < V; i++) mean[0] += values[i];
-    }
-    row_sum(mean, plan.lanes, slots);
-    mean[0] /= static_cast<float>(call.cols);
-  }
-  float squares[1] = {0.0f};
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    const int count = columns_at<V>(columns.at(0, k), cols, whole);
-    float values[V];
-    unpack(values, z[k]);
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      const float deviation = i < count ? values[i] - mean[0] : 0.0f;
-      squares[0] = fmaf(deviation, deviation, squares[0]);
+      for (int i = 0; i < V; i++) {
+        const float deviation = i < count ? values[i] - mean[r] : 0.0f;
+        squares[r] = fmaf(deviation, deviation, squares[r]);
+      }
     }
   }
-  row_sum(squares, plan.lanes, slots + kSlots);
-  const float rstd = rstd_of(squares[0], call);
-  if (valid && columns.lane == 0) store_statistics(call, row, mean[0], rstd);
-  store_y(z, mean[0], rstd, call, row, cols, columns, 0, whole);
+  row_sum(squares, plan.lanes, slots + R * kSlots);
+  float rstd[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    rstd[r] = rstd_of(squares[r], call);
+    const bool writes = first + r < call.rows && columns.lane == 0;
+    if (writes) store_statistics(call, first + r, mean[r], rstd[r]);
+  }
+  store_y(z, mean, rstd, call, first, columns, 0, whole);
 }
 
 // Mean and squared deviations from it of one thread's values so far.
@@ -272,7 +334,8 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   Vector<Z, V>* kept = reinterpret_cast<Vector<Z, V>*>(slots + 2 * kSlots);
   const bool has_mean = call.kind == NormKind::kLayer;
 
-  Vector<Z, V> z[kItems / V];
+  Vector<Z, V> rows_z[1][kItems / V];
+  auto& z = rows_z[0];
   Moments moments;
 #pragma unroll 1
   for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
@@ -280,7 +343,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
     const int64_t end = min((segment + 1) * kSegment, call.cols);
     Moments mine;
     for (int64_t first = segment * kSegment; first < end; first += kTile) {
-      load_z<X, Z, V>(z, call, row, true, columns, first, whole);
+      load_z<X>(rows_z, call, row, call.rows, columns, first, whole);
       if (call.z.ptr != nullptr) store_z(z, call, row, call.cols, columns, first, whole);
       if (plan.keeps_shared) {
 #pragma unroll
@@ -310,8 +373,8 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       merge(&moments, {from[0], from[1], from[2]});
     }
   }
-  const float rstd = rstd_of(moments.squares, call);
-  if (threadIdx.x == 0 && segments.begin == 0) store_statistics(call, row, moments.mean, rstd);
+  const float mean[1] = {moments.mean}, rstd[1] = {rstd_of(moments.squares, call)};
+  if (threadIdx.x == 0 && segments.begin == 0) store_statistics(call, row, mean[0], rstd[0]);
 
   const int64_t end = min(segments.end * kSegment, call.cols);
   for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
@@ -322,25 +385,37 @@ __global__ void __launch_bounds__(kWideBlock, 1)
         if (col < call.cols) z[k] = kept[col / V];
       }
     } else {
-      load_z<X, Z, V>(z, call, row, true, columns, first, whole);
+      load_z<X>(rows_z, call, row, call.rows, columns, first, whole);
     }
-    store_y(z, moments.mean, rstd, call, row, call.cols, columns, first, whole);
+    store_y(rows_z, mean, rstd, call, row, columns, first, whole);
   }
+}
+
+template <typename X, typename Z, int V, int R>
+cudaError_t launch_narrow(const NormForward& call, const Plan& plan, cudaStream_t stream) {
+  const int threads = plan.lanes > kWarp ? plan.lanes : kNarrowBlock;
+  const int64_t blocks = ceil_div<int64_t>(call.rows, threads / plan.lanes * R);
+  return launch(norm_fwd_kernel<X, Z, V, R>, dim3(static_cast<unsigned>(blocks)), threads,
+                2 * R * kSlots * sizeof(float), stream, call, plan);
 }
 
 template <typename X, typename Z, int V>
 cudaError_t launch_rows(const NormForward& call, Plan plan, cudaStream_t stream) {
-  size_t shared = 2 * kSlots * sizeof(float);
-  if (call.cols <= kWidest) {
-    plan.lanes = lanes_of_row(call.cols, kItems);
-    const int threads = plan.lanes > kWarp ? plan.lanes : kNarrowBlock;
-    const int64_t blocks = ceil_div<int64_t>(call.rows, threads / plan.lanes);
-    return launch(norm_fwd_kernel<X, Z, V>, dim3(static_cast<unsigned>(blocks)), threads, shared,
-                  stream, call, plan);
-  }
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
+  if (call.cols <= kWidest) {
+    plan.lanes = lanes_of_row(call.cols, kItems);
+    // Of halves two rows fit into the registers of a thread; few rows are better spread.
+    if constexpr (V == 8 && !std::is_same_v<Z, Any>) {
+      const int64_t threads = call.rows * plan.lanes;
+      if (plan.lanes <= kMostOfTwoRows && threads >= int64_t{4096} * device.multiprocessors) {
+        return launch_narrow<X, Z, V, 2>(call, plan, stream);
+      }
+    }
+    return launch_narrow<X, Z, V, 1>(call, plan, stream);
+  }
+  size_t shared = 2 * kSlots * sizeof(float);
   const size_t row = ceil_div<int64_t>(call.cols, V) * sizeof(Vector<Z, V>);
   plan.keeps_shared =
       call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);

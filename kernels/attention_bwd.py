@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_configs import attention_config, attention_section
 from fastlm.kernels.attention_dbias import (
     attention_dalibi,
     attention_dbias,
@@ -40,14 +41,7 @@ from fastlm.kernels.attention_scores import (
     sequence,
     zero_rows,
 )
-from fastlm.kernels.configs import (
-    aligned_strides,
-    attention_config,
-    attention_section,
-    ceil_div,
-    dot_precision,
-    next_power_of_2,
-)
+from fastlm.kernels.configs import aligned_strides, ceil_div, dot_precision, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LOG2_E,

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_configs import attention_config, bucket_starts
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
@@ -30,13 +31,7 @@ from fastlm.kernels.attention_scores import (
     seen_keys,
     sequence,
 )
-from fastlm.kernels.configs import (
-    attention_config,
-    bucket_starts,
-    ceil_div,
-    multiprocessors,
-    next_power_of_2,
-)
+from fastlm.kernels.configs import ceil_div, multiprocessors, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import dot, dropout_keep, load_pairs, load_rows, relative_bucket
 

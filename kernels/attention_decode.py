@@ -18,14 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.kernels.configs import (
-    aligned_strides,
-    bucket_starts,
-    ceil_div,
-    decode_config,
-    dot_precision,
-    next_power_of_2,
-)
+from fastlm.kernels.attention_configs import bucket_starts, decode_config
+from fastlm.kernels.configs import aligned_strides, ceil_div, dot_precision, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_configs import attention_config, attention_section
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
     Options,
@@ -35,14 +36,7 @@ from fastlm.kernels.attention_scores import (
     sequence,
     zero_rows,
 )
-from fastlm.kernels.configs import (
-    aligned_strides,
-    attention_config,
-    attention_section,
-    ceil_div,
-    dot_precision,
-    next_power_of_2,
-)
+from fastlm.kernels.configs import aligned_strides, ceil_div, dot_precision, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     LN_2,

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlm.kernels.configs import bucket_starts, ceil_div, dropout_args, next_power_of_2
+from fastlm.kernels.attention_configs import bucket_starts
+from fastlm.kernels.configs import ceil_div, dropout_args, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import LOG2_E, load_rows, relative_bucket, tanh
 

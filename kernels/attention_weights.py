@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.attention_configs import attention_config
 from fastlm.kernels.attention_dbias import attention_dalibi, attention_dbias, attention_dtable
 from fastlm.kernels.attention_scores import (
     OPTIONS_RUNTIME,
@@ -28,13 +29,7 @@ from fastlm.kernels.attention_scores import (
     sequence,
     zero_rows,
 )
-from fastlm.kernels.configs import (
-    aligned_strides,
-    attention_config,
-    ceil_div,
-    dot_precision,
-    next_power_of_2,
-)
+from fastlm.kernels.configs import aligned_strides, ceil_div, dot_precision, next_power_of_2
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import (
     add_dot,

@@ -69,9 +69,9 @@ def row_config(cols: int) -> RowConfig:
 
 
 @functools.cache
-def loss_config(cols: int) -> RowConfig:
-    """Cross-entropy: at most 16 logits a thread, so that no combination of options spills."""
-    block_n = min(max(next_power_of_2(cols), 16), 4096)
+def loss_config(cols: int, capped: bool) -> RowConfig:
+    """Cross-entropy: at most 16 logits a thread, or 8 with a softcap, so that no options spill."""
+    block_n = min(max(next_power_of_2(cols), 16), 2048 if capped else 4096)
     block_m = max(1, min(1024 // block_n, 16))
     return RowConfig(block_m, block_n, 4 if block_n <= 1024 else 8)
 
@@ -110,24 +110,24 @@ def segment_chunk(rows: int, device: torch.device) -> int:
     return min(max(next_power_of_2(math.isqrt(rows) // 3), 32), 1024)
 
 
-def segment_config(units: int, rows: int, cols: int, device: torch.device) -> RowConfig:
-    """`segment_sum`, for `units` segments or chunks of `rows` in all: 8 rows at a time, 4 where
-    most have fewer; where units are few, more rows of fewer columns, so that many programs share.
-    """
+def segment_config(units: int, cols: int, device: torch.device) -> RowConfig:
+    """`segment_sum`, for `units` segments or chunks: 4 rows at a time, since most ids come once or
+    twice; where units are few, more rows of fewer columns, so that many programs share them. With
+    more elements than this some targets spill."""
     block_n = min(max(next_power_of_2(cols), 16), 1024)
     while block_n > 64 and units * ceil_div(cols, block_n) < 2 * multiprocessors(device):
         block_n //= 2
-    elements = 4096 if rows < 4 * units else 8192
-    block_m = min(elements // block_n, 64)
-    return RowConfig(block_m, block_n, 8 if block_m * block_n > 4096 else 4)
+    return RowConfig(min(max(2048 // block_n, 4), 32), block_n, 4)
 
 
-def wide_loss_config(cols: int, device: torch.device) -> RowConfig:
+def wide_loss_config(cols: int, capped: bool, device: torch.device) -> RowConfig:
     """Rows of logits that are read twice: few in work at a time, so that they stay in the L2 cache
     between (one of 128k halves takes 256 KB), with as many loads on their way as registers allow.
     """
     name = target(device)
     widest, warps = {"sm_80": (8192, 32), "gfx942": (8192, 16)}.get(name, (16384, 32))
+    if capped:
+        widest = 8192
     block_n = min(max(next_power_of_2(cols), 16), widest)
     return RowConfig(1, block_n, max(4, min(block_n * warps // widest, warps)))
 
@@ -152,6 +152,17 @@ def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
     ]
     unit = math.gcd(16 // tensors[0].element_size(), *strides)
     return unit, [stride // unit for stride in strides]
+
+
+# Targets whose halves are loaded with `tma`, which takes no registers for addresses.
+TMA = {"sm_90"}
+
+
+def arithmetic(name: str, dtype: torch.dtype, unit: int) -> str:
+    if dtype == torch.float32:
+        precision = dot_precision(dtype)
+        return "ieee" if name == "gfx942" else precision  # there tf32 has the same matrix cores
+    return "narrow" if unit == 1 and name != "gfx942" else "half"
 
 
 @dataclass(frozen=True)
@@ -219,10 +230,10 @@ def matmul_config(
     if name == "cpu":
         return MatmulConfig(*_MATMUL_CPU)
     if dtype == torch.float32:
-        return MatmulConfig(*_MATMUL_FP32[_arithmetic(name, dtype, 4)])
+        return MatmulConfig(*_MATMUL_FP32[arithmetic(name, dtype, 4)])
     if not aligned and name != "gfx942":
         return MatmulConfig(*_MATMUL_NARROW)
-    return MatmulConfig(*_MATMUL[name, "half"][which], tma=name in _TMA)
+    return MatmulConfig(*_MATMUL[name, "half"][which], tma=name in TMA)
 
 
 def matmul_splits(
@@ -254,289 +265,6 @@ def chunk_rows(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device
     most = max(_LOGITS_BYTES // (vocab * dtype.itemsize), ceil_div(tokens, _MOST_CHUNKS), 128)
     chunks = ceil_div(tokens, max(most // 128 * 128, 128))
     return ceil_div(ceil_div(tokens, min(chunks, _MOST_CHUNKS)), 128) * 128
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Tiles of `block_m` queries and `block_n` keys.
-
-    tma: blocks that need no mask are loaded by the copy engine, through tensor descriptors, if the
-    tensors' alignment allows it.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-
-
-# target -> (arithmetic, pass) -> (block_m, block_n, num_warps, num_stages) of head dims up to 32,
-# 64, 128, 256 and 512. Arithmetic is "half", "narrow" where halves cannot be loaded two at a time,
-# or for fp32 the precision of its products. Chosen by compiling: no spills on NVIDIA up to head
-# dim 128, and on sm_80 at most 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
-# Not timed yet.
-_NVIDIA = {
-    ("narrow", "fwd"): (
-        (128, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1),
-    ),
-    ("narrow", "dq"): (
-        (64, 32, 4, 1), (64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1),
-    ),
-    ("narrow", "dkv"): (
-        (32, 64, 4, 1), (32, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 16, 8, 1),
-    ),
-    ("ieee", "fwd"): (
-        (64, 32, 4, 2), (64, 32, 8, 2), (16, 64, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
-    ),
-    ("ieee", "dq"): (
-        (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-    ),
-    ("ieee", "dkv"): (
-        (16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1),
-    ),
-}  # fmt: skip
-_ATTENTION = {
-    "sm_80": {
-        **_NVIDIA,
-        ("half", "fwd"): (
-            (128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1),
-        ),
-        ("half", "dq"): (
-            (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1),
-        ),
-        ("half", "dkv"): (
-            (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1),
-        ),
-        ("tf32", "fwd"): (
-            (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1),
-        ),
-        ("tf32", "dq"): (
-            (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("tf32", "dkv"): (
-            (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
-        ),
-    },
-    "sm_90": {
-        **_NVIDIA,
-        ("half", "fwd"): (
-            (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2),
-        ),
-        ("half", "dq"): (
-            (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1),
-        ),
-        ("half", "dkv"): (
-            (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 1),
-        ),
-        ("tf32", "fwd"): (
-            (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
-        ),
-        ("tf32", "dq"): (
-            (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("tf32", "dkv"): (
-            (32, 64, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
-        ),
-    },
-    "sm_100": {
-        **_NVIDIA,
-        ("half", "fwd"): (
-            (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2),
-        ),
-        ("half", "dq"): (
-            (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1),
-        ),
-        ("half", "dkv"): (
-            (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1),
-        ),
-        ("tf32", "fwd"): (
-            (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
-        ),
-        ("tf32", "dq"): (
-            (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1),
-        ),
-        ("tf32", "dkv"): (
-            (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
-        ),
-    },
-    "gfx942": {
-        ("half", "fwd"): (
-            (128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2), (32, 16, 4, 1),
-        ),
-        ("half", "dq"): (
-            (128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1),
-        ),
-        ("half", "dkv"): (
-            (32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1),
-        ),
-        ("ieee", "fwd"): (
-            (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1),
-        ),
-        ("ieee", "dq"): (
-            (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1),
-        ),
-        ("ieee", "dkv"): (
-            (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1),
-        ),
-    },
-}  # fmt: skip
-# Targets whose halves are loaded with `tma`, which takes no registers for addresses.
-_TMA = {"sm_90"}
-# (target, pass) -> least burden of the options -> the same of head dims up to 64 and up to 128, for
-# halves: no spills of any one option, of BERT's (mask, dropout) and of T5's (table, mask).
-_BURDENED = {
-    ("sm_80", "fwd"): {2: ((128, 64, 8, 2), (128, 32, 8, 3)), 4: ((64, 32, 8, 2), (64, 32, 8, 2))},
-    ("sm_80", "dq"): {
-        2: ((128, 32, 8, 2), (64, 64, 8, 2)),
-        4: ((128, 32, 8, 2), (64, 32, 8, 2)),
-        6: ((64, 32, 8, 2), (64, 32, 8, 2)),
-    },
-    ("sm_80", "dkv"): {
-        2: ((32, 32, 4, 2), (32, 64, 8, 2)),
-        6: ((32, 32, 4, 2), (16, 64, 8, 2)),
-    },
-    ("sm_90", "fwd"): {
-        1: ((128, 64, 8, 3), (128, 64, 8, 3)),
-        4: ((128, 64, 8, 2), (128, 32, 8, 3)),
-        7: ((128, 32, 8, 2), (128, 16, 8, 2)),
-    },
-    ("sm_90", "dq"): {4: ((128, 64, 8, 2), (128, 32, 8, 3)), 7: ((128, 32, 8, 2), (128, 16, 8, 2))},
-    ("sm_90", "dkv"): {
-        1: ((64, 128, 8, 3), (32, 128, 8, 2)),
-        3: ((64, 128, 8, 3), (16, 128, 8, 2)),
-        4: ((32, 128, 8, 2), (16, 64, 4, 2)),
-        7: ((16, 128, 8, 2), (16, 128, 8, 2)),
-    },
-}  # fmt: skip
-# The interpreter: small, and wider than high and higher than wide.
-_ATTENTION_CPU = {
-    "fwd": (32, 16, 4, 1),
-    "dq": (16, 32, 4, 1),
-    "dkv": (16, 32, 4, 1),
-    "dbias": (16, 32, 4, 1),
-}
-
-
-def attention_config(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
-) -> AttentionConfig:
-    """The configuration of a pass, "fwd", "dq", "dkv", "dbias", or "dk" (of attention_weights).
-
-    Args:
-        headdim: the wider of both.
-        unit: from `aligned_strides`.
-        burden: `Options.burden`, what options take beside the scores.
-    """
-    name = target(device)
-    half = _arithmetic(name, dtype, unit) == "half"
-    _, (m, n, warps, stages) = attention_row(which, device, headdim, dtype, unit, burden)
-    if which == "dbias" and name != "cpu":  # all four tensors come anew with each tile
-        pipelined = half and headdim <= {"sm_80": 64, "sm_90": 128}.get(name, 0)
-        return AttentionConfig(m, max(n // 2, 16), warps, 2 if pipelined else 1)
-    if which == "dk" and name == "sm_90" and dtype != torch.float32 and m < 64:
-        m, n, warps = 64, 64, 8  # its scores are not transposed, and wgmma wants 64 rows
-    return AttentionConfig(m, n, warps, stages, half and name in _TMA)
-
-
-def attention_row(
-    which: str, device: torch.device, headdim: int, dtype: torch.dtype, unit: int, burden: int
-) -> tuple[str, tuple[int, int, int, int]]:
-    """Where in this file `attention_config` looks, and what it finds."""
-    name, which = target(device), "dkv" if which == "dk" else which
-    if name == "cpu":
-        return f"_ATTENTION_CPU[{which!r}]", _ATTENTION_CPU[which]
-    return _attention_row(name, which, _arithmetic(name, dtype, unit), headdim, burden)
-
-
-@functools.cache
-def _attention_row(name: str, which: str, arithmetic: str, headdim: int, burden: int):
-    key = arithmetic, "dq" if which == "dbias" else which
-    by_headdim, column = _ATTENTION[name][key], max((headdim - 1).bit_length() - 5, 0)
-    place, row = f"_ATTENTION[{name!r}][{key}][{column}]", by_headdim[column]
-    if arithmetic == "half" and headdim <= 128 and (name, which) in _BURDENED:
-        table, column = _BURDENED[name, which], int(headdim > 64)
-        if which == "fwd" and headdim & (headdim - 1):
-            burden += 2  # columns that are not there
-        fitting = [least for least in table if least <= burden]
-        if fitting:
-            place = f"_BURDENED[{(name, which)}][{fitting[-1]}][{column}]"
-            row = table[fitting[-1]][column]
-    elif burden > 1 and which != "dbias":
-        m, n, warps, stages = row
-        m, n = (max(m // 2, 16), n) if which == "dkv" else (m, max(n // 2, 16))
-        place, row = f"{place}, halved", (m, n, warps, min(stages, 2))
-    return place, row
-
-
-def _arithmetic(name: str, dtype: torch.dtype, unit: int) -> str:
-    if dtype == torch.float32:
-        precision = dot_precision(dtype)
-        return "ieee" if name == "gfx942" else precision  # there tf32 has the same matrix cores
-    return "narrow" if unit == 1 and name != "gfx942" else "half"
-
-
-# Half of the L2 cache (on gfx942 of one die's); small in the interpreter, so that sections differ.
-_SECTION_BYTES = {
-    "cpu": 2**14,
-    "sm_80": 20 * 2**20,
-    "sm_90": 25 * 2**20,
-    "sm_100": 63 * 2**20,
-    "gfx942": 2 * 2**20,
-}
-
-
-def attention_section(device: torch.device, causal: str, head_bytes: int, heads: int) -> int:
-    """How many heads are in work at a time, for `tile_and_head` in primitives.py.
-
-    Causal tiles differ in length, and the shortest of all heads should come last; but what the
-    heads of a section read, `head_bytes` each, should stay in the L2 cache.
-    """
-    if causal == "none":
-        return 1
-    return max(1, min(heads, _SECTION_BYTES[target(device)] // max(head_bytes, 1)))
-
-
-def decode_config(
-    device: torch.device,
-    rows: int,
-    heads: int,
-    seqlen_k: int,
-    widest: int,
-    dtype: torch.dtype,
-    plain: bool,
-) -> tuple[AttentionConfig, int]:
-    """(tiles, splits of the keys) of `attention_decode`: two programs a multiprocessor.
-
-    Args:
-        rows: queries times the heads that share a key head.
-        heads: batch times key heads.
-        seqlen_k: keys that the cache has room for; how many are filled only the device knows.
-        widest: the wider of the head dims, a power of two.
-        plain: no option reads a value for each pair, so that wider tiles fit into registers.
-    """
-    most = min(64, 8192 // widest) if plain else min(32, 2048 // widest)
-    block_m = min(max(next_power_of_2(rows), 16), max(16, most))
-    if target(device) == "cpu":  # splits, some of them empty, in every call
-        return AttentionConfig(block_m, 16, 4, 1), min(ceil_div(seqlen_k, 16) + 1, 3)
-    words = 4 if dtype == torch.float32 else 2
-    block_n = max(16, min(128, 16384 // (widest * words)) // (1 if plain else 2))
-    tiles = ceil_div(rows, block_m) * heads
-    # At least 4 blocks in a split, or the combination costs more than it saves.
-    splits = min(ceil_div(2 * multiprocessors(device), tiles), ceil_div(seqlen_k, 4 * block_n), 128)
-    stages = 2 if target(device) == "gfx942" else 3
-    warps = 4 if plain or words == 2 else 8
-    return AttentionConfig(block_m, block_n, warps, stages), max(splits, 1)
 
 
 @dataclass(frozen=True)
@@ -636,20 +364,3 @@ def ffn_way(name: str, op: str, keep: bool, rows: int, dim: int, hidden_dim: int
         if rows >= least_rows and hidden_dim >= least_hidden and dim <= most_dim:
             return way
     return "cublas"
-
-
-@functools.cache
-def bucket_starts(num_buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
-    """The least |key - query| of each `RelativeBias` bucket of one side, but the first.
-
-    Half of a side's buckets hold one distance each; the rest grow with the logarithm of the
-    distance, in the reference's fp32. A bucket that the logarithm jumps over starts as the next.
-    """
-    side = num_buckets // 2 if bidirectional else num_buckets
-    exact = side // 2
-    distance = torch.arange(exact, max_distance + 1, device="cpu")
-    fraction = torch.log(distance.float() / exact) / math.log(max_distance / exact)
-    bucket = (exact + (fraction * (side - exact)).long()).clamp(max=side - 1)
-    bucket = torch.cummax(bucket, 0).values
-    grown = torch.searchsorted(bucket, torch.arange(exact + 1, side, device="cpu")) + exact
-    return *range(1, exact + 1), *grown.tolist()

@@ -81,7 +81,7 @@ def _chunk_loss_kernel(
         loss, m, log_l, w_y = scan_rows(
             logits_ptr, row_start, target, active, valid, class_weight_ptr, N, stride_lm,
             label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, True,
-            1, BLOCK_N,
+            1, 1, BLOCK_N,
         )  # fmt: skip
         tl.store(loss_ptr + source, loss)
         if GRADIENTS:
@@ -90,15 +90,15 @@ def _chunk_loss_kernel(
                 dloss = tl.load(dloss_ptr + source * stride_d)
             if total_ptr is not None:  # the mean; of nothing, it is 0
                 total = tl.load(total_ptr)
-                dloss = tl.where(total == 0.0, 0.0, dloss / total)
+                dloss = tl.where(total == 0.0, 0.0, dloss / tl.where(total == 0.0, 1.0, total))
             for start in range(0, N, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 offsets = row_start[:, None] + cols[None, :]
                 mask = (cols < stride_lm)[None, :]
-                s = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
+                s, slope = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
                 ds = score_gradients(
-                    s, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
-                    weight_sum_ptr, N, label_smoothing, z_loss, softcap, HAS_SMOOTHING, HAS_Z_LOSS,
+                    s, slope, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
+                    weight_sum_ptr, N, label_smoothing, z_loss, HAS_SMOOTHING, HAS_Z_LOSS,
                     HAS_SOFTCAP, BLOCK_N,
                 )  # fmt: skip
                 tl.store(logits_ptr + offsets, ds, mask=mask)
@@ -179,7 +179,7 @@ def linear_cross_entropy(
     weight_sum = None
     if class_weight is not None and label_smoothing > 0.0:
         weight_sum = class_weight.sum(dtype=torch.float32)
-    config = wide_loss_config(vocab, device)
+    config = wide_loss_config(vocab, softcap is not None, device)
     for first in range(0, tokens, rows):
         gather(x, index, count, first, x_c)
         rows_times_weight(x_c[:, :dim], weight, bias, count, first, logits, head["logits"])

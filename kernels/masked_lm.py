@@ -180,7 +180,11 @@ def masked_transform_bwd(
     make = torch.zeros if tokens == 0 else torch.empty
     dweight = make(shape, dtype=dense_weight.dtype, device=device)
     if tokens == 0:
-        return dx, dweight, *torch.zeros((3, width), dtype=torch.float32, device=device)
+        return (
+            dx,
+            dweight,
+            *(torch.zeros(width, dtype=torch.float32, device=device) for _ in range(3)),
+        )
     rows, config = z.shape[0], row_config(width)
     dz = torch.empty_like(z)
     programs = min(tokens, 4 * multiprocessors(device))
@@ -202,5 +206,5 @@ def masked_transform_bwd(
         gather(x, index, count, 0, x_c[:, :dim])
         rows_outer(dz[:, :width], x_c[:, :dim], count, 0, dweight, False,
                    matmul_config("dweight", device, z.dtype))  # fmt: skip
-    dnorm_weight, dnorm_bias, ddense_bias = partial.sum(1)
+    dnorm_weight, dnorm_bias, ddense_bias = (p.sum(0) for p in partial)
     return dx, dweight, ddense_bias, dnorm_weight, dnorm_bias

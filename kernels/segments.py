@@ -31,6 +31,22 @@ def _load_rows(x_ptr, rows, mask_m, cols, mask_n, stride_xm):
 
 
 @triton.jit
+def _sum_of_id(
+    x_ptr, ids_ptr, order_ptr, wanted, count, cols, mask_n, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sum of the first `count` rows, as sorted, whose id is `wanted`. [BLOCK_N]"""
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(0, count, BLOCK_M):
+        at = i + tl.arange(0, BLOCK_M)
+        ids = tl.load(ids_ptr + at, mask=at < count, other=0)
+        row = tl.load(order_ptr + at, mask=at < count, other=0)
+        mask_m = (at < count) & (ids == wanted)
+        acc += tl.sum(_load_rows(x_ptr, row, mask_m, cols, mask_n, stride_xm), 0)
+    return acc
+
+
+@triton.jit
 def _segment_parts_kernel(
     x_ptr, ids_ptr, order_ptr, parts_ptr, stride_xm, rows, N, skip, col_tiles,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -38,7 +54,7 @@ def _segment_parts_kernel(
     """A chunk's two parts: of the segment it begins with, and of another that it ends with. What
     lies within the chunk is left to the second kernel, and its parts are not written."""
     chunk = (tl.program_id(0) // col_tiles).to(tl.int64)
-    cols = (tl.program_id(0) % col_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (tl.program_id(0) % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
@@ -49,19 +65,13 @@ def _segment_parts_kernel(
     goes = (stop < rows) & (after == last)
     first_crosses = (comes | (goes & (first == last))) & (first != skip)
     last_crosses = goes & (first != last) & (last != skip)
-    acc_first = tl.zeros([BLOCK_N], tl.float32)
-    acc_last = tl.zeros([BLOCK_N], tl.float32)
-    stop_first, stop_last = tl.where(first_crosses, stop, 0), tl.where(last_crosses, stop, 0)
-    for i in range(start, tl.maximum(stop_first, stop_last), BLOCK_M):
-        at = i + tl.arange(0, BLOCK_M)
-        inside = at < stop
-        ids = tl.load(ids_ptr + at, mask=inside, other=0)
-        row = tl.load(order_ptr + at, mask=inside, other=0)
-        in_first = (at < stop_first) & (ids == first)
-        in_last = (at < stop_last) & (ids == last)
-        x = _load_rows(x_ptr, row, in_first | in_last, cols, mask_n, stride_xm)
-        acc_first += tl.sum(tl.where(in_first[:, None], x, 0.0), 0)
-        acc_last += tl.sum(tl.where(in_last[:, None], x, 0.0), 0)
+    count = (stop - start).to(tl.int32)
+    ids_ptr += start
+    order_ptr += start
+    acc_first = _sum_of_id(x_ptr, ids_ptr, order_ptr, first, tl.where(first_crosses, count, 0),
+                           cols, mask_n, stride_xm, BLOCK_M, BLOCK_N)  # fmt: skip
+    acc_last = _sum_of_id(x_ptr, ids_ptr, order_ptr, last, tl.where(last_crosses, count, 0),
+                          cols, mask_n, stride_xm, BLOCK_M, BLOCK_N)  # fmt: skip
     parts = parts_ptr + 2 * chunk * N + cols
     tl.store(parts, acc_first, mask=cols < tl.where(first_crosses, N, 0))
     tl.store(parts + N, acc_last, mask=cols < tl.where(last_crosses, N, 0))
@@ -74,7 +84,7 @@ def _segment_sum_kernel(
 ):  # fmt: skip
     """A row of the table: the sum of its segment's rows, or of its parts."""
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
-    cols = (tl.program_id(0) % col_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (tl.program_id(0) % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
     start, stop = tl.load(starts_ptr + v), tl.load(starts_ptr + v + 1)
     stop = tl.where(v == skip, start, stop)
@@ -122,7 +132,7 @@ def segment_sum(
         (_segment_parts_kernel, chunks, (x, ids, order, parts), (x.stride(0), rows, N)),
         (_segment_sum_kernel, table_rows, (x, order, starts, parts, out), (x.stride(0), N)),
     ):
-        config = segment_config(units, rows, N, x.device)
+        config = segment_config(units, N, x.device)
         col_tiles = ceil_div(N, config.block_n)
         kernel[(units * col_tiles,)](
             *tensors, *sizes, skip, col_tiles, CHUNK=chunk, BLOCK_M=config.block_m,

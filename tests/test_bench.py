@@ -32,6 +32,9 @@ def test_every_case_passes_and_is_timed(op, dtype):
     for case in cases:
         rows, failed = run_quickly(case)
         assert failed == {}
+        if case.function == "products":  # the bound of a head's loss, which is nobody's function
+            assert {row.provider for row in rows} == {"torch"}
+            continue
         assert {row.provider for row in rows} == {"torch", "fastlm-torch"}
         assert {row.direction for row in rows} == {"forward", "forward+backward"}
         assert all(row.p20_ms <= row.median_ms <= row.p80_ms for row in rows)
@@ -45,6 +48,8 @@ def test_every_case_passes_and_is_timed(op, dtype):
 def test_cuda_kernels_pass_the_check_or_are_named_absent(op, impl):
     """In the host build, of small shapes, every case whose operator has a kernel."""
     for case in CASES[op](CPU, torch.bfloat16, False):
+        if case.function == "products":
+            continue
         reason = case.unavailable[f"fastlm-{impl}"]
         if reason == f"fastlm has no cuda kernel for {case.function}":
             continue

@@ -15,7 +15,7 @@ from fastlm.bench import results, timing
 from fastlm.bench.attention import VARIANTS, attention_case, attention_grid, visible_pairs
 from fastlm.bench.case import Work
 from fastlm.bench.check import Oracle
-from fastlm.kernels import configs
+from fastlm.kernels import attention_configs, configs
 from fastlm.testing import assert_close
 
 GRID = [*VARIANTS, "weights", "weights_causal", "decode", "decode_ragged"]
@@ -212,9 +212,9 @@ def test_tune_sweeps_attention(kind, monkeypatch):
     tune = load("tune")
     monkeypatch.setattr(timing, "_MAX_SAMPLES", 2)
     seen = set()
-    options = configs.AttentionConfig.options
+    options = attention_configs.AttentionConfig.options
     monkeypatch.setattr(
-        configs.AttentionConfig, "options", lambda self: seen.add(self) or options(self)
+        attention_configs.AttentionConfig, "options", lambda self: seen.add(self) or options(self)
     )
     for name in ("attention_case", "decode_case"):
         monkeypatch.setattr(tune, name, partial(interpreted, getattr(tune, name)))
@@ -240,11 +240,11 @@ def test_configurations_are_found_at_the_place_that_is_named(headdim, target, bu
     monkeypatch.setattr(configs, "target", lambda device: target)
     for part, dtype in itertools.product(("fwd", "dq", "dkv"), (torch.bfloat16, torch.float32)):
         call = (part, CPU, headdim, dtype, 8, burden)
-        place, row = configs.attention_row(*call)
+        place, row = attention_configs.attention_row(*call)
         place, *halved = place.split(", halved")
-        assert halved or eval(place, vars(configs).copy()) == row
+        assert halved or eval(place, vars(attention_configs).copy()) == row
         tma = target == "sm_90" and dtype != torch.float32
-        assert astuple(configs.attention_config(*call)) == (*row, tma)
+        assert astuple(attention_configs.attention_config(*call)) == (*row, tma)
 
 
 def interpreted(make, *call):

@@ -205,6 +205,25 @@ def test_cross_entropy_excluded_classes(vocab, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1000.0])
+def test_cross_entropy_softcaps(softcap, impl, device):
+    """Far below the logits and far above them."""
+    run_oracle(impl, loss_inputs(9, 300, torch.float32, device), reduction="none", softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [513, 4095, 4097, 8195, 8202])
+def test_cross_entropy_rows_that_begin_anywhere(vocab, dtype, device):
+    """Blocks begin at multiples of 16 bytes, before the row; rows of other strides do not."""
+    data, options = split_options(OPTIONS)
+    inputs = loss_inputs(5, vocab, dtype, device, **data)
+    run_oracle("triton", inputs, reduction="none", **options)
+    run_oracle("triton", loss_inputs(5, vocab, dtype, device))
+    inputs["logits"] = with_layout(inputs["logits"], "packed")
+    run_oracle("triton", inputs, reduction="none", **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_cross_entropy_never_hides_nan(bad, impl, device):

@@ -36,12 +36,12 @@ TARGET = {"target": torch.tensor([[1, 2, -100, 3, 0]] * 3)}
 MASKED_LM = {
     "hidden": X,
     "labels": TARGET["target"],
-    "dense_weight": randn(6, 8, seed=14),
-    "dense_bias": randn(6, seed=15),
-    "norm_weight": randn(6, seed=16),
-    "norm_bias": randn(6, seed=17),
-    "decoder_weight": randn(11, 6, seed=18),
-    "decoder_bias": randn(11, seed=19),
+    "dense_weight": randn(6, 8, seed=404),
+    "dense_bias": randn(6, seed=405),
+    "norm_weight": randn(6, seed=406),
+    "norm_bias": randn(6, seed=407),
+    "decoder_weight": randn(11, 6, seed=408),
+    "decoder_bias": randn(11, seed=409),
 }
 DROPOUT = {"dropout_p": 0.3, "seed": SEED}
 PACKED = {n: x.flatten(0, 1) for n, x in QKV.items()} | {

@@ -9,6 +9,7 @@ namespace fastlm {
 struct Device {
   int multiprocessors = 3;
   int shared_bytes = 64 * 1024;  // a block may have, where its launch asks for it
+  int multiprocessor_bytes = 144 * 1024;  // of shared memory, 1 KiB of each block reserved
 };
 
 inline cudaError_t current_device(Device* device) {
@@ -21,8 +22,11 @@ inline cudaError_t current_device(Device* device) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                index);
+  error = cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                 index);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&device->multiprocessor_bytes,
+                                cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
 #endif
 }
 

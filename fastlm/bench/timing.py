@@ -65,12 +65,11 @@ def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
     from triton.testing import do_bench
 
     host = _host_time(call)
-    graph = _captured(call)
-    timed = call if graph is None else graph.replay
+    replay = _captured(call)
     median, p20, p80 = do_bench(
-        timed, warmup=25, rep=round(seconds * 1e3), quantiles=[0.5, 0.2, 0.8]
+        replay or call, warmup=25, rep=round(seconds * 1e3), quantiles=[0.5, 0.2, 0.8]
     )
-    return Times(median, p20, p80, host, graph is not None)
+    return Times(median, p20, p80, host, replay is not None)
 
 
 def _host_time(call: Callable[[], object]) -> float:
@@ -83,8 +82,8 @@ def _host_time(call: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    """A CUDA graph of a call; None where the call waits for the GPU, which no graph can hold."""
+def _captured(call: Callable[[], object]) -> Callable[[], object] | None:
+    """Replays a CUDA graph of a call; None where the call waits for the GPU."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -102,7 +101,7 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
         return None
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    return graph
+    return graph.replay
 
 
 def _on_cpu(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastlm.ops._check import fail
 from fastlm.ops._library import contract
-from fastlm.ops._transforms import gradients
+from fastlm.ops._transforms import gradients, in_create_graph, in_functorch
 from fastlm.reference import loss as reference
 
 # Logits of one chunk: 32 MB of fp32 stay near the caches of a CPU, 512 MB fill a GPU. A chunk has
@@ -100,7 +100,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """(x, weight, bias, target, ...) -> (loss, row_weight, *grads); per row, or losses summed.
 
     The sum has one incoming gradient, so the forward already makes the gradients, up to that
-    factor; per row they are made in the backward, from logits computed again.
+    factor; per row they are made in the backward, from logits computed again. The backward of a
+    sum scales the gradients where they are and gives them away, as in `_linear_loss`.
     """
 
     @staticmethod
@@ -114,24 +115,42 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, dtype, options, ctx.summed, _ = inputs
-        _, *rest = output
-        ctx.options = dtype, *options
-        ctx.mark_non_differentiable(*rest)
-        ctx.save_for_backward(*tensors, *(rest[1:] if ctx.summed else ()))
+        *tensors, dtype, options, summed, _ = inputs
+        _, row_weight, *grads = output
+        ctx.options = dtype, *options, summed
+        ctx.mark_non_differentiable(row_weight, *grads)
+        ctx.ready = None
+        if not summed:
+            grads = []
+        elif not torch.compiler.is_compiling() and not in_functorch():
+            ctx.ready, grads = grads, []
+        ctx.save_for_backward(*tensors, *grads)
 
     @staticmethod
     def backward(ctx, dloss, *_):
         x, weight, bias, *kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if ctx.ready is not None and not in_create_graph():
+            ready, ctx.ready = ctx.ready, None
+            grads = tuple(
+                g.mul_(dloss).to(t.dtype) if n else None
+                for g, t, n in zip(ready, (x, weight, bias), needs, strict=True)
+            )
+            return *grads, *[None] * 6
+        summed = ctx.options[-1]
         grads = gradients(
-            _scaled_gradients if ctx.summed else _rowwise_gradients, _reference, (dloss,),
-            (x, weight, bias), kept, ctx.options, ctx.needs_input_grad[:3],
+            _scaled_gradients if summed else _rowwise_gradients, _reference, (dloss,),
+            (x, weight, bias), kept, ctx.options, needs,
         )  # fmt: skip
         return *grads, *[None] * 6
 
 
 def _scaled_gradients(incoming, inputs, kept, options, needs):
-    (dloss,), (_, _, *grads) = incoming, kept
+    (dloss,), (target, class_weight, *grads), (*options, _) = incoming, kept, options
+    if not grads:
+        _, _, *grads = chunked_linear_cross_entropy(
+            *inputs, target, class_weight, None, *options, *needs
+        )
     # Out of place: a second backward over a retained graph finds them unscaled.
     return tuple(
         (g * dloss).to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True)
@@ -139,20 +158,20 @@ def _scaled_gradients(incoming, inputs, kept, options, needs):
 
 
 def _rowwise_gradients(incoming, inputs, kept, options, needs):
+    *options, _ = options
     _, _, *grads = chunked_linear_cross_entropy(*inputs, *kept, *incoming, *options, *needs)
     return tuple(g.to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True))
 
 
 def _reference(inputs, kept, options):
-    """The loss of the forward pass; there are gradients to scale where it is summed."""
-    (x, weight, bias), (target, class_weight, *grads) = inputs, kept
-    dtype, ignore_index, label_smoothing, z_loss, softcap = options
+    (x, weight, bias), (target, class_weight, *_) = inputs, kept
+    dtype, ignore_index, label_smoothing, z_loss, softcap, summed = options
     x = x.masked_fill((target == ignore_index)[:, None], 0.0)
     logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     loss = reference.cross_entropy(
         logits, target, class_weight=class_weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        reduction="sum" if grads else "none", out_dtype=torch.promote_types(dtype, torch.float32),
+        reduction="sum" if summed else "none", out_dtype=torch.promote_types(dtype, torch.float32),
     )  # fmt: skip
     return (loss,)
 

@@ -58,7 +58,7 @@ def bias_act(
     require_probability("bias_act", "dropout_p", dropout_p)
     seed = make_seed("bias_act", seed, dropout_p, x.device)
     tensors = {"x": x, "bias": bias}
-    backend = choose("bias_act", impl, _BACKENDS, x.device, tensors)
+    backend = choose("bias_act", impl, _BIASED_BACKENDS, x.device, tensors)
     if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
     return apply(BiasAct, x, _contiguous(bias), seed, activation, float(dropout_p), backend)
@@ -89,7 +89,7 @@ def glu(
     require_device("glu", "up", up, gate.device)
     require_choice("glu", "activation", activation, ACTIVATIONS)
     tensors = {"gate": gate, "up": up}
-    backend = choose("glu", impl, _BACKENDS, gate.device, tensors)
+    backend = choose("glu", impl, _GATED_BACKENDS, gate.device, tensors)
     if backend == "torch":
         return reference.glu(gate, up, activation=activation)
     return apply(Glu, gate, up, activation, backend)
@@ -157,7 +157,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     dims = max(w1.shape[1], w2.shape[0]), w1.shape[0]
     goes = lambda backend: choose_way("ffn", way, backend, x, dtype, dims, keep, library)
     how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
-    backend = choose("ffn", impl, _BACKENDS, x.device, tensors, how=how)
+    backend = choose("ffn", impl, _BIASED_BACKENDS, x.device, tensors, how=how)
     x = x.to(dtype)
     if backend == "torch":
         recompute = recompute and not in_functorch()
@@ -223,7 +223,7 @@ def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recomp
     dims = max(w_gate.shape[1], w_down.shape[0]), w_gate.shape[0]
     goes = lambda backend: choose_way(op, way, backend, x, dtype, dims, keep, False)
     how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
-    backend = choose(op, impl, _BACKENDS, x.device, tensors, how=how)
+    backend = choose(op, impl, _GATED_BACKENDS, x.device, tensors, how=how)
     x = x.to(dtype)
     weights = (w_gate, w_up, w_down)
     if backend == "torch":
@@ -262,9 +262,10 @@ def _kernels_refuse(tensors: dict[str, torch.Tensor | None]) -> str | None:
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
-# Kernels first: one pass over memory where torch composes up to four. Not measured on a GPU yet,
-# hence Triton before CUDA C++.
-_BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
+# Kernels first: one pass over memory where torch composes up to four. By benchmarks/results/ffn.csv
+# CUDA C++ is the faster of both for bias_act, and so for ffn, and Triton for glu.
+_GATED_BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
+_BIASED_BACKENDS = {"cuda": _kernels_refuse, "triton": _kernels_refuse, "torch": supports_all}
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -262,23 +262,23 @@ def _torch_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     gathers = x.device.type == "cpu" and not (
         torch.compiler.is_compiling() or in_functorch() or in_transform()
     )
+    if gathers:
+        index = masked.nonzero().squeeze(1)
+        x, labels = x[index], labels[index]
+    else:
+        x = x.masked_fill(~masked[:, None], 0.0)
+    dense_weight, dense_bias, norm_weight, norm_bias = transform
     with torch.autocast(x.device.type, enabled=False):
-        if gathers:
-            index = masked.nonzero().squeeze(1)
-            x, labels = x[index], labels[index]
-        else:
-            x = x.masked_fill(~masked[:, None], 0.0)
-        dense_weight, dense_bias, norm_weight, norm_bias = (p.to(dtype) for p in transform)
-        h = F.linear(x.to(dtype), dense_weight, dense_bias)
-        h = FUNCTIONS[activation](h)
-        h = layer_norm(h, norm_weight, norm_bias, eps=eps, impl="torch")
-        decoder_bias = None if decoder_bias is None else decoder_bias.to(dtype)
-        loss = linear_cross_entropy(
-            h, decoder_weight.to(dtype), labels, bias=decoder_bias, impl="torch", **options
-        )
-        if gathers and reduction == "none":
-            loss = loss.new_zeros(masked.shape).index_put((index,), loss)
-        return loss
+        h = F.linear(x.to(dtype), dense_weight.to(dtype), dense_bias.to(dtype))
+        h = layer_norm(FUNCTIONS[activation](h), norm_weight, norm_bias, eps=eps, impl="torch")
+    # Under autocast this returns fp32.
+    loss = linear_cross_entropy(
+        h, decoder_weight.to(dtype), labels, impl="torch", **options,
+        bias=None if decoder_bias is None else decoder_bias.to(dtype),
+    )  # fmt: skip
+    if gathers and reduction == "none":
+        loss = loss.new_zeros(masked.shape).index_put((index,), loss)
+    return loss
 
 
 def next_sentence_loss(
@@ -325,17 +325,17 @@ def next_sentence_loss(
     _check_sentence(op, hidden, given)
     require_tensor(op, "labels", labels)
     require_shape(op, "labels", labels, hidden.shape[:1], "(batch,)")
-    dtype, out_dtype = _dtypes(hidden, *given.values())
+    dtype, _ = _dtypes(hidden, *given.values())
     with torch.autocast(_autocast_device(hidden), enabled=False):
         linear = lambda x, w, b: F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
         pooled = hidden
         if pooler_weight is not None:
             pooled = torch.tanh(linear(hidden[:, 0].to(dtype), pooler_weight, pooler_bias))
         logits = linear(pooled.to(dtype), weight, bias)
-        return cross_entropy(
-            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            reduction=reduction, impl=impl,
-        ).to(out_dtype)  # fmt: skip
+    return cross_entropy(  # fp32 under autocast
+        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def _check_head(op: str, hidden, parameters) -> None:
