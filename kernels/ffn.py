@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.column_sum import column_sums
 from fastlm.kernels.configs import ceil_div, dropout_args, multiprocessors, tile_config
 from fastlm.kernels.primitives import activate, dropout_keep
 
@@ -186,8 +187,10 @@ def bias_act_bwd(
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    dbias = partial.sum(0) if need_dbias else partial
-    return dx, dbias.to(dbias_dtype), y
+    dbias = partial.to(dbias_dtype)  # of no elements
+    if need_dbias:
+        (dbias,) = column_sums([partial], [dbias_dtype])
+    return dx, dbias, y
 
 
 def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
