@@ -103,7 +103,8 @@ def norm_bwd_config(cols: int, itemsize: int, device: torch.device) -> NormBwdCo
     name = target(device)
     if cols > WIDEST_ROW:
         wide = wide_row_config(cols, itemsize, device)
-        return NormBwdConfig(wide.block_m, wide.block_n, wide.num_warps, 8, False)
+        programs = 32 if name == "cpu" else 8
+        return NormBwdConfig(wide.block_m, wide.block_n, wide.num_warps, programs, False)
     block_n, amd = row_config(cols).block_n, name == "gfx942"
     block_m = 1 if block_n > 4096 else min(max((2048 if amd else 1024) // block_n, 2), 16)
     warps = max(block_m * block_n // (1024 if amd else 512), 4)

@@ -4,10 +4,18 @@
     dz = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + dz_in,   wdy = dy * weight
     dresidual = dz;  dx = dropout(dz);  dweight = sum_rows(dy * xhat);  dbias = sum_rows(dy)
 
-RMSNorm has no mean and drops the mean(wdy) term. For rows up to `WIDEST_ROW` columns the forward
-reads x (and residual) and writes y (and z) once, and the backward reads dy and z once. Wider rows
-are looped over and read twice. The mask is replayed from the seed; dweight and dbias are sums of
-one fp32 row per program, added in a fixed order.
+RMSNorm has no mean and drops the mean(wdy) term. The mask is replayed from the seed; dweight and
+dbias are sums of one fp32 row per program, which `column_sums` adds in a fixed order. In elements
+of memory a row of N columns costs, and N more for each of residual, z, dz_in and a dx of its own:
+
+    forward   up to 8,192 columns: 2 N, reads x and writes y; wider: 3 N, reads x (and residual,
+              which then costs 2 N) twice
+    backward  up to 8,192 columns: 3 N, reads dy and z and writes dz
+              up to 16,384: 5 N, reads dy and z once more for dweight and dbias
+              wider: 7 N, of which 2 N are read again soon, by then in the L2 cache
+
+Partial sums, written once and read once, are for each vector 1 to 4 rows a multiprocessor, of 4 N
+bytes each, up to 8,192 columns, and about 16 KB a multiprocessor beyond.
 
 Source: Ba et al., arXiv:1607.06450; Zhang and Sennrich, arXiv:1910.07467.
 """
