@@ -65,6 +65,7 @@ NORM_SMALL = {
     "power_of_two": NormShape(5, 256),
     "ragged": NormShape(67, 96),
     "past_one_block": NormShape(3, 8200),
+    "past_one_wide_block": NormShape(3, 16400),
 }
 
 NORM_LARGE = {

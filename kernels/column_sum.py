@@ -1,6 +1,9 @@
-"""Sums of columns in a fixed order: the last step of gradients of which each program leaves a row.
+"""Sums over the rows of fp32 partial results, which backward kernels leave one row a program.
 
-One launch for two of them, where torch's sum and cast are two for each.
+    out[v, n] = sum_m partial[v, m, n]
+
+One launch reads each partial once and writes up to two vectors (dweight and dbias), each in its own
+dtype. Rows are added in a fixed order, so the same partials give the same bits.
 """
 
 from __future__ import annotations
@@ -11,52 +14,63 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.kernels.configs import ceil_div
+from fastlm.kernels.configs import ceil_div, column_sum_config
 from fastlm.kernels.launch import launch
-
-_BLOCK_M, _BLOCK_N = 64, 32  # a warp reads 128 bytes of a row
 
 
 @triton.jit
-def _column_sums_kernel(
-    first_ptr, second_ptr, first_sum_ptr, second_sum_ptr, M, N,
+def _sum_columns(
+    partial_ptr, out_ptr, block, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The sums of one block of columns. Tiles of rows are added up before their rows are, so that
+    warps exchange values once."""
+    cols = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, M, BLOCK_M):
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (rows < M)[:, None] & mask_n[None, :]
+        total += tl.load(partial_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + cols, tl.sum(total, 0), mask=mask_n)
+
+
+@triton.jit
+def _column_sum_kernel(
+    first_ptr, second_ptr, first_out_ptr, second_out_ptr, M, N, blocks,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a block of columns, of either matrix or both."""
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = cols < N
-    first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, M, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        mask = (rows < M)[:, None] & mask_n[None, :]
-        if first_ptr is not None:
-            first += tl.load(first_ptr + offsets, mask=mask, other=0.0)
-        if second_ptr is not None:
-            second += tl.load(second_ptr + offsets, mask=mask, other=0.0)
-    if first_ptr is not None:
-        tl.store(first_sum_ptr + cols, tl.sum(first, 0), mask=mask_n)
-    if second_ptr is not None:
-        tl.store(second_sum_ptr + cols, tl.sum(second, 0), mask=mask_n)
+    """A block of columns of the first or, past `blocks`, of the second partial (M, N)."""
+    program = tl.program_id(0)
+    if second_ptr is None:
+        _sum_columns(first_ptr, first_out_ptr, program, M, N, BLOCK_M, BLOCK_N)
+    else:
+        if program < blocks:
+            _sum_columns(first_ptr, first_out_ptr, program, M, N, BLOCK_M, BLOCK_N)
+        else:
+            _sum_columns(second_ptr, second_out_ptr, program - blocks, M, N, BLOCK_M, BLOCK_N)
 
 
 def column_sums(
-    partials: Sequence[torch.Tensor | None], sums: Sequence[torch.Tensor | None]
-) -> None:
-    """Writes the sums of the columns of two fp32 matrices of one shape (rows, cols), contiguous.
+    partials: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> list[torch.Tensor | None]:
+    """Sums over rows of up to two contiguous fp32 tensors of one shape (rows, cols).
 
-    Args:
-        partials: the matrices; None where nothing is wanted.
-        sums: (cols,) each, of any dtype; None beside None.
+    Returns one (cols,) of each dtype, and None where that is None, whose partial is not read.
+    Without rows the sums are 0.
     """
-    given = next((x for x in partials if x is not None), None)
-    if given is None:
-        return
-    if partials[0] is None:
-        partials, sums = partials[::-1], sums[::-1]
-    M, N = given.shape
-    launch(
-        _column_sums_kernel, ceil_div(N, _BLOCK_N), *partials, *sums, M, N,
-        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, enable_fp_fusion=True,
-    )  # fmt: skip
+    kept = [(x, dtype) for x, dtype in zip(partials, dtypes, strict=True) if dtype is not None]
+    sums = [x.new_empty(x.shape[1], dtype=dtype) for x, dtype in kept]
+    if kept and kept[0][0].shape[1]:
+        M, N = kept[0][0].shape
+        config = column_sum_config(M, N, len(kept), kept[0][0].device)
+        blocks = ceil_div(N, config.block_n)
+        inputs, outputs = [x for x, _ in kept], [*sums]
+        if len(kept) == 1:
+            inputs, outputs = [*inputs, None], [*outputs, None]
+        launch(
+            _column_sum_kernel, len(kept) * blocks, *inputs, *outputs, M, N, blocks,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    done = iter(sums)
+    return [None if dtype is None else next(done) for dtype in dtypes]

@@ -68,6 +68,69 @@ def row_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
 
 
+def wide_row_config(cols: int, itemsize: int, device: torch.device) -> RowConfig:
+    """The backward pass of rows past `WIDEST_ROW`: up to 16,384 columns one tile, read once. Wider
+    ones are read twice: one at a time on a multiprocessor, so that the L2 cache has the second.
+
+    Args:
+        itemsize: bytes of the widest element that is read.
+    """
+    warps = 16 if cols <= 16384 and itemsize <= 2 else 32
+    return RowConfig(1, 16384, min(warps, 16 if target(device) == "gfx942" else 32))
+
+
+@dataclass(frozen=True)
+class NormBwdConfig(RowConfig):
+    """programs: on a multiprocessor, each of which leaves a row of partial sums. ahead: a tile is
+    loaded while the one before it is in work. registers: at most so many a thread, or 0."""
+
+    programs: int
+    ahead: bool
+    registers: int = 0
+
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        most = {"maxnreg": self.registers} if self.registers else {}
+        return dict(BLOCK_N=self.block_n, num_warps=self.num_warps, enable_fp_fusion=True, **most)
+
+
+@functools.cache
+def norm_bwd_config(cols: int, itemsize: int, device: torch.device) -> NormBwdConfig:
+    """The backward pass of norms. Up to `WIDEST_ROW` columns 16 warps run on a multiprocessor, with
+    up to 16 values a thread, and as many programs as that are; as halves they have 32 KB (narrow
+    rows 16 KB) on their way while they work.
+
+    Args:
+        itemsize: as in `wide_row_config`, whose tiles wider rows have.
+    """
+    name = target(device)
+    if cols > WIDEST_ROW:
+        wide = wide_row_config(cols, itemsize, device)
+        programs = 32 if name == "cpu" else 8
+        return NormBwdConfig(wide.block_m, wide.block_n, wide.num_warps, programs, False)
+    block_n, amd = row_config(cols).block_n, name == "gfx942"
+    block_m = 1 if block_n > 4096 else min(max((2048 if amd else 1024) // block_n, 2), 16)
+    warps = max(block_m * block_n // (1024 if amd else 512), 4)
+    programs = 1 if name == "cpu" else 16 // warps  # in the interpreter, loops really loop
+    # What is ahead takes registers: no room beside addresses of single elements, or fp32.
+    ahead = itemsize <= 2 and cols % 16 == 0 and not amd
+    return NormBwdConfig(block_m, block_n, warps, programs, ahead, 0 if amd else 128)
+
+
+@functools.cache
+def column_sum_config(rows: int, cols: int, vectors: int, device: torch.device) -> RowConfig:
+    """`column_sums`: blocks of so few columns that all multiprocessors have one, but at least 64
+    bytes of a row; 32 values a thread where there are as many rows. 16 rows in the interpreter,
+    which adds those of a tile one after the other, and no tree of them."""
+    block_n = 128
+    while block_n > 16 and vectors * ceil_div(cols, block_n) < multiprocessors(device):
+        block_n //= 2
+    block_m = min(max(next_power_of_2(rows), 8), 8192 // block_n)
+    if target(device) == "cpu":
+        block_m = min(block_m, 16)
+    return RowConfig(block_m, block_n, max(1, min(block_m * block_n // 512, 8)))
+
+
 @functools.cache
 def loss_config(cols: int, capped: bool) -> RowConfig:
     """Cross-entropy: at most 16 logits a thread, or 8 with a softcap, so that no options spill."""

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlm.kernels.column_sum import column_sums
 from fastlm.kernels.configs import (
     WIDEST_ROW,
     RowConfig,
@@ -421,11 +422,8 @@ def _sum_gradient(
         NORM=mode, BLOCK_M=block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    # One row a program, summed in a fixed order.
-    return [dz, *(
-        new(0) if part is None else part.sum(0).to(dtype)
-        for part, dtype in zip(parts, norm_dtypes, strict=True)
-    )]  # fmt: skip
+    vectors = column_sums(parts, norm_dtypes)
+    return [dz, *(new(0) if x is None else x for x in vectors)]
 
 
 def _table_gradient(dz, index, rows: int, dtype, skip: int) -> torch.Tensor:

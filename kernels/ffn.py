@@ -173,9 +173,9 @@ def bias_act_bwd(
     M, N = x.shape
     dx = x.new_empty((M, N)) if need_dx else None
     y = x.new_empty((M, N)) if need_y else None
-    dbias = bias.new_empty(N) if need_dbias else None
+    dbias = None
     if x.numel() == 0:
-        return dx, dbias.zero_() if need_dbias else None, y
+        return dx, bias.new_zeros(N) if need_dbias else None, y
     config = tile_config(N, _BWD_TILE)
     row_tiles, col_tiles = ceil_div(M, config.block_m), ceil_div(N, config.block_n)
     groups = row_tiles
@@ -190,7 +190,8 @@ def bias_act_bwd(
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    column_sums((partial, None), (dbias, None))
+    if need_dbias:
+        (dbias,) = column_sums([partial], [bias.dtype])
     return dx, dbias, y
 
 

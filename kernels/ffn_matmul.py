@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlm.kernels.column_sum import column_sums
 from fastlm.kernels.configs import (
     EpilogueConfig,
     ceil_div,
@@ -254,7 +255,10 @@ def ffn_down_bwd(
     dz, _, a, partial = _down_bwd(
         dy, w2, z, None, seed, activation, dropout_p, need_dz, False, need_db1, need_a
     )
-    return dz, (partial.sum(0) if need_db1 else partial).to(db1_dtype or z.dtype), a
+    db1 = z.new_empty(0)
+    if need_db1:
+        (db1,) = column_sums([partial], [db1_dtype])
+    return dz, db1, a
 
 
 def gated_down_bwd(

@@ -4,10 +4,18 @@
     dz = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + dz_in,   wdy = dy * weight
     dresidual = dz;  dx = dropout(dz);  dweight = sum_rows(dy * xhat);  dbias = sum_rows(dy)
 
-RMSNorm has no mean and drops the mean(wdy) term. For rows up to `WIDEST_ROW` columns the forward
-reads x (and residual) and writes y (and z) once, and the backward reads dy and z once. Wider rows
-are looped over and read twice. The mask is replayed from the seed; dweight and dbias are sums of
-one fp32 row per program, added in a fixed order.
+RMSNorm has no mean and drops the mean(wdy) term. The mask is replayed from the seed; dweight and
+dbias are sums of one fp32 row per program, which `column_sums` adds in a fixed order. In elements
+of memory a row of N columns costs, and N more for each of residual, z, dz_in and a dx of its own:
+
+    forward   up to 8,192 columns: 2 N, reads x and writes y; wider: 3 N, reads x (and residual,
+              which then costs 2 N) twice
+    backward  up to 8,192 columns: 3 N, reads dy and z and writes dz
+              up to 16,384: 5 N, reads dy and z once more for dweight and dbias
+              wider: 7 N, of which 2 N are read again soon, by then in the L2 cache
+
+Partial sums, written once and read once, are for each vector 1 to 4 rows a multiprocessor, of 4 N
+bytes each, up to 8,192 columns, and about 16 KB a multiprocessor beyond.
 
 Source: Ba et al., arXiv:1607.06450; Zhang and Sennrich, arXiv:1910.07467.
 """
@@ -19,7 +27,14 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.column_sum import column_sums
-from fastlm.kernels.configs import WIDEST_ROW, ceil_div, dropout_args, multiprocessors, row_config
+from fastlm.kernels.configs import (
+    WIDEST_ROW,
+    ceil_div,
+    dropout_args,
+    multiprocessors,
+    norm_bwd_config,
+    row_config,
+)
 from fastlm.kernels.launch import launch
 from fastlm.kernels.primitives import dropout_keep
 
@@ -136,42 +151,58 @@ def _norm_fwd_wide_kernel(
 
 
 @triton.jit
-def _load_xhat_wdy(
-    dy_ptr, z_ptr, weight_ptr, mean, rstd, rows, cols, mask_m, mask_n,
+def _load_rows(
+    dy_ptr, z_ptr, mean_ptr, rstd_ptr, rows, cols, mask_m, mask_n,
     stride_dym, stride_zm, KIND: tl.constexpr,
 ):  # fmt: skip
-    """dy, xhat and dy * weight of a tile, 0 outside the mask. [BLOCK_M, BLOCK_N] each"""
+    """dy and z of a tile in their own dtypes, 0 outside the mask, and its rows' mean and rstd."""
     mask = mask_m[:, None] & mask_n[None, :]
     dy = tl.load(dy_ptr + rows[:, None] * stride_dym + cols[None, :], mask=mask, other=0.0)
-    dy = dy.to(tl.float32)
     z = tl.load(z_ptr + rows[:, None] * stride_zm + cols[None, :], mask=mask, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
+    mean = tl.zeros_like(rstd)
+    if KIND == 0:
+        mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
+    return dy, z, mean, rstd
+
+
+@triton.jit
+def _xhat_wdy(dy, z, mean, rstd, weight_ptr, cols, mask, mask_n, KIND: tl.constexpr):
+    """dy, xhat and dy * weight in fp32, 0 outside the mask. [BLOCK_M, BLOCK_N] each"""
+    dy = dy.to(tl.float32)
     xhat = tl.where(mask, (z.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
     wdy = dy
     if weight_ptr is not None:
-        w = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+        # As a tile of one row: its layout is dy's, without an exchange between warps.
+        w = tl.load(weight_ptr + cols[None, :], mask=mask_n[None, :], other=0.0).to(tl.float32)
         if KIND == 3:
             w += 1.0
-        wdy = dy * w[None, :]
+        wdy = dy * w
     return dy, xhat, wdy
 
 
 @triton.jit
+def _dz(wdy, xhat, rstd, sum_wdy, sum_wdy_xhat, N, KIND: tl.constexpr):
+    """The gradient that reaches z through y, from a row's two sums."""
+    dz = wdy - xhat * (sum_wdy_xhat / N)[:, None]
+    if KIND == 0:
+        dz -= (sum_wdy / N)[:, None]
+    return dz * rstd[:, None]
+
+
+@triton.jit
 def _store_dz(
-    dz, dz_in_ptr, seed_ptr, dz_ptr, dx_ptr, rows, cols, mask,
-    stride_dzm, N, threshold, scale, first_col, BLOCK_N: tl.constexpr,
+    dz, seed_ptr, dz_ptr, dx_ptr, rows, cols, mask, N, threshold, scale, first_col,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradient that arrives at z itself; stores dz, and dx = dropout(dz)."""
-    if dz_in_ptr is not None:
-        more = tl.load(dz_in_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0)
-        dz += more.to(tl.float32)
-    out = rows[:, None] * N + cols[None, :]
+    """dz, and dx = dropout(dz)."""
     if dz_ptr is not None:
-        tl.store(dz_ptr + out, dz, mask=mask)
+        tl.store(dz_ptr + rows[:, None] * N + cols[None, :], dz, mask=mask)
     if dx_ptr is not None:
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), threshold, 0, 0, rows, first_col, BLOCK_N)
             dz = tl.where(keep, dz * scale, 0.0)
-        tl.store(dx_ptr + out, dz, mask=mask)
+        tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dz, mask=mask)
 
 
 @triton.jit
@@ -179,68 +210,111 @@ def _norm_bwd_kernel(
     dy_ptr, dz_in_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
     dz_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     stride_dym, stride_dzm, stride_zm, M, N, threshold: tl.uint32, scale,
-    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of whole rows, strided over programs: dz, dx, a row of dweight and dbias a program."""
+    """Tiles of whole rows, strided over programs: dz, dx, a row of dweight and dbias a program.
+
+    AHEAD: a tile is loaded before the one before it is worked on.
+    """
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask_n = cols < N
-    dweight = tl.zeros([BLOCK_N], tl.float32)
-    dbias = tl.zeros([BLOCK_N], tl.float32)
+    # Rows of narrow tiles lie in different warps, which exchange at the end alone.
+    spread: tl.constexpr = BLOCK_N < 1024
+    dweight = tl.zeros([BLOCK_M if spread else 1, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M if spread else 1, BLOCK_N], tl.float32)
+    if AHEAD:
+        rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        dy, z, mean, rstd = _load_rows(
+            dy_ptr, z_ptr, mean_ptr, rstd_ptr, rows, cols, rows < M, mask_n,
+            stride_dym, stride_zm, KIND,
+        )  # fmt: skip
     for tile in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
-        mean = tl.zeros([BLOCK_M], tl.float32)
-        if KIND == 0:
-            mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-        dy, xhat, wdy = _load_xhat_wdy(dy_ptr, z_ptr, weight_ptr, mean, rstd, rows, cols,
-                                       mask_m, mask_n, stride_dym, stride_zm, KIND)  # fmt: skip
-        dweight += tl.sum(dy * xhat, 0)
-        dbias += tl.sum(dy, 0)
-        dz = wdy - xhat * (tl.sum(wdy * xhat, 1) / N)[:, None]
-        if KIND == 0:
-            dz -= (tl.sum(wdy, 1) / N)[:, None]
-        _store_dz(dz * rstd[:, None], dz_in_ptr, seed_ptr, dz_ptr, dx_ptr, rows, cols,
-                  mask_m[:, None] & mask_n[None, :], stride_dzm, N, threshold, scale, 0,
-                  BLOCK_N)  # fmt: skip
+        mask = mask_m[:, None] & mask_n[None, :]
+        if dz_in_ptr is not None:  # early: it arrives while the sums are formed
+            more = tl.load(
+                dz_in_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0
+            )
+        ahead = rows
+        if AHEAD:
+            ahead += tl.num_programs(0) * BLOCK_M
+        next_dy, next_z, next_mean, next_rstd = _load_rows(
+            dy_ptr, z_ptr, mean_ptr, rstd_ptr, ahead, cols, ahead < M, mask_n,
+            stride_dym, stride_zm, KIND,
+        )  # fmt: skip
+        if not AHEAD:
+            dy, z, mean, rstd = next_dy, next_z, next_mean, next_rstd
+        dy32, xhat, wdy = _xhat_wdy(dy, z, mean, rstd, weight_ptr, cols, mask, mask_n, KIND)
+        if spread:
+            dweight += dy32 * xhat
+            dbias += dy32
+        else:
+            dweight += tl.sum(dy32 * xhat, 0)[None, :]
+            dbias += tl.sum(dy32, 0)[None, :]
+        dz = _dz(wdy, xhat, rstd, tl.sum(wdy, 1), tl.sum(wdy * xhat, 1), N, KIND)
+        if dz_in_ptr is not None:
+            dz += more.to(tl.float32)
+        _store_dz(dz, seed_ptr, dz_ptr, dx_ptr, rows, cols, mask, N, threshold, scale, 0, BLOCK_N)
+        if AHEAD:
+            dy, z, mean, rstd = next_dy, next_z, next_mean, next_rstd
     partial = pid * N + cols
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, dweight, mask=mask_n)
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=mask_n)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, dbias, mask=mask_n)
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=mask_n)
 
 
 @triton.jit
 def _norm_bwd_wide_kernel(
     dy_ptr, dz_in_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, dz_ptr, dx_ptr,
     stride_dym, stride_dzm, stride_zm, M, N, threshold: tl.uint32, scale,
-    KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One row in blocks of columns: its two sums first, then dz and dx."""
+    """One row: dz and dx. WHOLE: it is one block; else blocks are read for the two sums first.
+
+    EARLY: dz_in is loaded before the sums are formed; registers allow it for halves.
+    """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mask_m = rows < M
-    mean = tl.zeros([1], tl.float32)
-    if KIND == 0:
-        mean = tl.load(mean_ptr + rows)
-    rstd = tl.load(rstd_ptr + rows)
     sum_wdy = tl.zeros([1], tl.float32)
     sum_wdy_xhat = tl.zeros([1], tl.float32)
-    for start in range(0, N, BLOCK_N):
+    if not WHOLE:
+        for start in range(0, N, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            mask = (cols < N)[None, :]
+            dy, z, mean, rstd = _load_rows(
+                dy_ptr, z_ptr, mean_ptr, rstd_ptr, rows, cols, mask_m, cols < N,
+                stride_dym, stride_zm, KIND,
+            )  # fmt: skip
+            _, xhat, wdy = _xhat_wdy(dy, z, mean, rstd, weight_ptr, cols, mask, cols < N, KIND)
+            sum_wdy_xhat += tl.sum(wdy * xhat, 1)
+            sum_wdy += tl.sum(wdy, 1)
+    for start in range(0, BLOCK_N if WHOLE else N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        _, xhat, wdy = _load_xhat_wdy(dy_ptr, z_ptr, weight_ptr, mean, rstd, rows, cols,
-                                      mask_m, cols < N, stride_dym, stride_zm, KIND)  # fmt: skip
-        sum_wdy_xhat += tl.sum(wdy * xhat, 1)
-        sum_wdy += tl.sum(wdy, 1)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        _, xhat, wdy = _load_xhat_wdy(dy_ptr, z_ptr, weight_ptr, mean, rstd, rows, cols,
-                                      mask_m, cols < N, stride_dym, stride_zm, KIND)  # fmt: skip
-        dz = wdy - xhat * (sum_wdy_xhat / N)[:, None]
-        if KIND == 0:
-            dz -= (sum_wdy / N)[:, None]
-        _store_dz(dz * rstd[:, None], dz_in_ptr, seed_ptr, dz_ptr, dx_ptr, rows, cols,
-                  (cols < N)[None, :], stride_dzm, N, threshold, scale, start, BLOCK_N)  # fmt: skip
+        mask = (cols < N)[None, :]
+        dy, z, mean, rstd = _load_rows(
+            dy_ptr, z_ptr, mean_ptr, rstd_ptr, rows, cols, mask_m, cols < N,
+            stride_dym, stride_zm, KIND,
+        )  # fmt: skip
+        if dz_in_ptr is not None and EARLY:
+            more = tl.load(
+                dz_in_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0
+            )
+        _, xhat, wdy = _xhat_wdy(dy, z, mean, rstd, weight_ptr, cols, mask, cols < N, KIND)
+        if WHOLE:
+            sum_wdy_xhat = tl.sum(wdy * xhat, 1)
+            sum_wdy = tl.sum(wdy, 1)
+        dz = _dz(wdy, xhat, rstd, sum_wdy, sum_wdy_xhat, N, KIND)
+        if dz_in_ptr is not None:
+            if not EARLY:
+                more = tl.load(
+                    dz_in_ptr + rows[:, None] * stride_dzm + cols[None, :], mask=mask, other=0.0
+                )
+            dz += more.to(tl.float32)
+        _store_dz(dz, seed_ptr, dz_ptr, dx_ptr, rows, cols, mask, N, threshold, scale, start,
+                  BLOCK_N)  # fmt: skip
 
 
 @triton.jit
@@ -253,24 +327,25 @@ def _norm_dweight_kernel(
     group = (tl.program_id(0) % groups).to(tl.int64)
     cols = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
-    dweight = tl.zeros([BLOCK_N], tl.float32)
-    dbias = tl.zeros([BLOCK_N], tl.float32)
+    # Rows of a tile lie in different warps, which exchange at the end alone.
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(group, tl.cdiv(M, BLOCK_M), groups):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
-        mean = tl.zeros([BLOCK_M], tl.float32)
-        if KIND == 0:
-            mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-        dy, xhat, _ = _load_xhat_wdy(dy_ptr, z_ptr, None, mean, rstd, rows, cols,
-                                     mask_m, mask_n, stride_dym, stride_zm, KIND)  # fmt: skip
-        dweight += tl.sum(dy * xhat, 0)
-        dbias += tl.sum(dy, 0)
+        dy, z, mean, rstd = _load_rows(
+            dy_ptr, z_ptr, mean_ptr, rstd_ptr, rows, cols, mask_m, mask_n,
+            stride_dym, stride_zm, KIND,
+        )  # fmt: skip
+        mask = mask_m[:, None] & mask_n[None, :]
+        dy, xhat, _ = _xhat_wdy(dy, z, mean, rstd, None, cols, mask, mask_n, KIND)
+        dweight += dy * xhat
+        dbias += dy
     partial = group * N + cols
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, dweight, mask=mask_n)
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=mask_n)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, dbias, mask=mask_n)
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=mask_n)
 
 
 def norm_fwd(
@@ -337,31 +412,32 @@ def norm_bwd(
     M, N = z.shape
     new = lambda shape, dtype: None if dtype is None else z.new_empty(shape, dtype=dtype)
     out_dz, out_dx = new((M, N), dz_dtype), new((M, N), dx_dtype)
-    dweight, dbias = new(N, dweight_dtype), new(N, dbias_dtype)
+    dtypes = dweight_dtype, dbias_dtype
     if M == 0:
-        dweight, dbias = (None if x is None else x.zero_() for x in (dweight, dbias))
-        return out_dz, out_dx, dweight, dbias
-    config = row_config(N)
+        return out_dz, out_dx, *(None if x is None else new(N, x).zero_() for x in dtypes)
     wide = N > WIDEST_ROW
-    # Half of the forward's tile: twice as many values are alive, and sm_100 spilled otherwise.
-    tile_m = 4 if wide else max(1, config.block_m // 2)
-    programs = min(ceil_div(M, tile_m), (1 if wide else 4) * multiprocessors(z.device))
-    # One row a program, summed in a fixed order.
-    partials = [new((programs, N), None if x is None else torch.float32) for x in (dweight, dbias)]
+    itemsize = max(x.element_size() for x in (dy, z, dz) if x is not None)
+    config = norm_bwd_config(N, itemsize, z.device)
+    # Of wide rows, blocks of 512 columns: partials are few, and programs fill the device.
+    col_tiles = ceil_div(N, 512) if wide else 1
+    programs = max(1, ceil_div(config.programs * multiprocessors(z.device), col_tiles))
+    programs = min(ceil_div(M, 4 if wide else config.block_m), programs)
+    partials = [new((programs, N), None if x is None else torch.float32) for x in dtypes]
     threshold, scale = dropout_args(dropout_p)
+    common = dict(KIND=KINDS[kind], **config.options())
     ins = (dy, dz, z, weight, mean, rstd, seed, out_dz, out_dx)
     sizes = (dy.stride(0), 0 if dz is None else dz.stride(0), z.stride(0), M, N, threshold, scale)
-    fused = dict(KIND=KINDS[kind], enable_fp_fusion=True)
-    common = dict(fused, BLOCK_N=config.block_n, num_warps=config.num_warps)
     if not wide:
-        launch(_norm_bwd_kernel, programs, *ins, *partials, *sizes, BLOCK_M=tile_m, **common)
+        tile = dict(BLOCK_M=config.block_m, AHEAD=config.ahead)
+        launch(_norm_bwd_kernel, programs, *ins, *partials, *sizes, **tile, **common)
     else:
         if out_dz is not None or out_dx is not None:
-            launch(_norm_bwd_wide_kernel, M, *ins, *sizes, **common)
-        if dweight is not None or dbias is not None:
+            whole = dict(WHOLE=N <= config.block_n, EARLY=itemsize <= 2)
+            launch(_norm_bwd_wide_kernel, M, *ins, *sizes, **whole, **common)
+        if dweight_dtype is not None or dbias_dtype is not None:
             launch(
-                _norm_dweight_kernel, ceil_div(N, 512) * programs, dy, z, mean, rstd, *partials,
-                dy.stride(0), z.stride(0), M, N, programs, BLOCK_M=tile_m, BLOCK_N=512, **fused,
+                _norm_dweight_kernel, col_tiles * programs, dy, z, mean, rstd, *partials,
+                dy.stride(0), z.stride(0), M, N, programs,
+                KIND=KINDS[kind], BLOCK_M=4, BLOCK_N=512, enable_fp_fusion=True,
             )  # fmt: skip
-    column_sums(partials, (dweight, dbias))
-    return out_dz, out_dx, dweight, dbias
+    return out_dz, out_dx, *column_sums(partials, dtypes)

@@ -362,9 +362,9 @@ ALL = ["token_weight", "position_weight", "type_weight", "norm_weight", "norm_bi
 
 @pytest.mark.parametrize("trained,expected", [
     ([], []),
-    (["norm_bias"], ["embedding_bwd_kernel"]),
+    (["norm_bias"], ["embedding_bwd_kernel", "column_sum_kernel"]),
     (["type_weight"], ["embedding_bwd_kernel", *TABLE_KERNELS]),
-    (ALL, ["embedding_bwd_kernel", *TABLE_KERNELS * 3]),
+    (ALL, ["embedding_bwd_kernel", "column_sum_kernel", *TABLE_KERNELS * 3]),
 ], ids=str)  # fmt: skip
 def test_embedding_frozen_weights_cost_nothing(trained, expected, device, launches):
     inputs = embedding_inputs(torch.float32, device)

@@ -13,7 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlm.kernels import launch as launching
 from fastlm.kernels.launch import launch
-from fastlm.testing import randn
 
 storage = torch.zeros(256)
 TENSORS = [
@@ -124,25 +123,3 @@ def test_triton_is_asked_where_it_has_to_look(kernel, monkeypatch):
     monkeypatch.setattr(launching, "_AMD", True)
     call()
     assert [what for what, *_ in calls] == ["triton"] * 5
-
-
-@pytest.mark.parametrize("impl", ["triton"])
-def test_column_sums(impl, device):
-    from fastlm.kernels.column_sum import column_sums
-
-    for rows, cols in ((1, 1), (63, 31), (65, 33), (130, 70)):
-        first, second = (randn(rows, cols, device=device, seed=seed) for seed in (0, 1))
-        for wanted in ((True, True), (True, False), (False, True), (False, False)):
-            partials = [x if w else None for x, w in zip((first, second), wanted, strict=True)]
-            dtypes = (torch.float32, torch.bfloat16)
-            sums = [
-                torch.full((cols,), float("nan"), dtype=dtype, device=device) if w else None
-                for dtype, w in zip(dtypes, wanted, strict=True)
-            ]
-            column_sums(partials, sums)
-            for x, result in zip(partials, sums, strict=True):
-                if x is not None:
-                    exact = x.double().sum(0)
-                    error = (result.double() - exact).abs().max()
-                    eps = torch.finfo(result.dtype).eps
-                    assert error <= eps * x.double().abs().sum(0).max()

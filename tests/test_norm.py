@@ -234,6 +234,31 @@ def test_layer_norm_frozen_inputs(frozen, impl, device):
     )
 
 
+@pytest.mark.parametrize("cols,kernels", [
+    (24, ["norm_bwd_kernel"]), (8200, ["norm_bwd_wide_kernel", "norm_dweight_kernel"]),
+])  # fmt: skip
+@pytest.mark.parametrize("frozen", [(), ("bias",), ("x", "residual"), ("weight", "bias")], ids=str)
+def test_layer_norm_launches(frozen, cols, kernels, device, launches):
+    """The partial sums of both vectors end in one launch, and frozen ones cost none."""
+    inputs = norm_inputs("layer_norm", 5, cols, torch.bfloat16, device, residual=True)
+    leaves = [t.requires_grad_() for name, t in inputs.items() if name not in frozen]
+    y = fastlm.layer_norm(**inputs, impl="triton")
+    launches.clear()
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+    if cols == 8200:
+        kernels = [k for k in kernels if ("x" if "wide" in k else "weight") not in frozen]
+    assert launches == kernels + ["column_sum_kernel"] * ("weight" not in frozen)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("rows,cols", [(21, 8208), (21, 4096), (50, 48)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layer_norm_many_tiles(dtype, rows, cols, impl, device):
+    """In the interpreter: programs and groups of several tiles each, the last ones without rows."""
+    inputs = norm_inputs("layer_norm", rows, cols, dtype, device, residual=True)
+    run_oracle("layer_norm", impl, inputs, prenorm=True)
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_layer_norm_no_grad_saves_nothing(impl, device):
     inputs = norm_inputs("layer_norm", 5, 24, torch.float32, device, residual=True)

@@ -105,8 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, weight, bias, target, class_weight, dtype, options, summed, need = inputs
+    def forward(x, weight, bias, target, class_weight, dtype, options, summed, need):
         loss, row_weight, *grads = chunked_linear_cross_entropy(
             x, weight, bias, target, class_weight, None, dtype, *options,
             *(summed and n for n in need),

@@ -86,12 +86,11 @@ class CompactLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        *tensors, dtype, options, reduction, need = inputs
+    def forward(x, weight, bias, target, class_weight, dtype, options, reduction, need):
         summed = reduction != "none"
         loss, total, *grads = compact_linear_cross_entropy(
-            *tensors, None, dtype, *options, _mean_in_kernel(reduction, dtype),
-            *(summed and n for n in need),
+            x, weight, bias, target, class_weight, None, dtype, *options,
+            _mean_in_kernel(reduction, dtype), *(summed and n for n in need),
         )  # fmt: skip
         if summed:
             loss = loss.sum()

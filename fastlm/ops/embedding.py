@@ -16,7 +16,7 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
-from fastlm.ops._library import contract
+from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import as_rows, in_shape
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference.embedding import embedding as _reference
@@ -109,11 +109,16 @@ class _Embedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        *indices, token_weight = inputs[:4]
-        vectors = (None if v is None else v.contiguous() for v in inputs[6:8])
-        y, mean, rstd = embedding_fwd(*_flat(*indices), *inputs[3:6], *vectors, *inputs[8:-1])
-        return in_shape(y, (*indices[0].shape, token_weight.shape[1])), mean, rstd
+    def forward(
+        ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight,
+        norm_bias, seed, eps, dropout_p, padding_idx,
+    ):  # fmt: skip
+        vectors = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))
+        y, mean, rstd = embedding_fwd(
+            *_flat(ids, positions, type_ids), token_weight, position_weight, type_weight, *vectors,
+            seed, eps, dropout_p,
+        )  # fmt: skip
+        return in_shape(y, (*ids.shape, token_weight.shape[1])), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -268,9 +273,10 @@ def embedding(
             padding_idx=padding_idx, **dict(zip(_TABLES, tables, strict=True)),
         )  # fmt: skip
     padding_idx = -1 if padding_idx is None else padding_idx % vocab
-    y, _, _ = _Embedding.apply(
-        ids, positions, type_ids, *tables, seed, float(eps), float(dropout_p), padding_idx
-    )
+    y, _, _ = apply(
+        _Embedding, ids, positions, type_ids, *tables, seed, float(eps), float(dropout_p),
+        padding_idx,
+    )  # fmt: skip
     return y
 
 

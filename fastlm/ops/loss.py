@@ -19,7 +19,7 @@ from fastlm.ops._check import (
     require_tensor,
 )
 from fastlm.ops._chunked_loss import LinearCrossEntropy
-from fastlm.ops._library import contract
+from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import CompactLinearCrossEntropy
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
 from fastlm.reference import loss as reference
@@ -83,8 +83,10 @@ class _CrossEntropy(torch.autograd.Function):
     returns of every row; differentiable is the loss."""
 
     @staticmethod
-    def forward(*inputs):
-        return cross_entropy_fwd(*inputs)
+    def forward(logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap):
+        return cross_entropy_fwd(
+            logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -174,10 +176,10 @@ def cross_entropy(
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     if backend == "torch":
         return _torch_cross_entropy(logits, target, class_weight, *options, reduction, out_dtype)
-    loss, *_, row_weight = _CrossEntropy.apply(
-        *_as_3d(logits, target), None if class_weight is None else class_weight.contiguous(),
-        ignore_index, float(label_smoothing), float(z_loss),
-        None if softcap is None else float(softcap),
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    loss, *_, row_weight = apply(
+        _CrossEntropy, *_as_3d(logits, target), class_weight, ignore_index, float(label_smoothing),
+        float(z_loss), None if softcap is None else float(softcap),
     )  # fmt: skip
     if reduction == "none":
         return loss.view(target.shape).to(out_dtype)
@@ -261,10 +263,10 @@ def linear_cross_entropy(
         )  # fmt: skip
     flat = x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight
     if backend == "triton":
-        loss, *_ = CompactLinearCrossEntropy.apply(*flat, dtype, options, reduction, need)
+        loss, *_ = apply(CompactLinearCrossEntropy, *flat, dtype, options, reduction, need)
         return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
-    loss, row_weight, *_ = LinearCrossEntropy.apply(
-        *flat, dtype, options, reduction != "none", need
+    loss, row_weight, *_ = apply(
+        LinearCrossEntropy, *flat, dtype, options, reduction != "none", need
     )
     if reduction == "none":
         return loss.view(target.shape).to(out_dtype)

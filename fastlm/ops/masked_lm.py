@@ -16,7 +16,7 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
-from fastlm.ops._library import contract
+from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import CompactLinearCrossEntropy
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
 from fastlm.ops.loss import check_loss, cross_entropy, linear_cross_entropy
@@ -108,10 +108,14 @@ class _MaskedTransform(torch.autograd.Function):
     returns; differentiable is y, whose rows behind the masked ones get no gradient."""
 
     @staticmethod
-    def forward(x, dense_weight, dense_bias, norm_weight, norm_bias, target, *options):
+    def forward(
+        x, dense_weight, dense_bias, norm_weight, norm_bias, target, dtype, activation, eps,
+        ignore_index,
+    ):  # fmt: skip
         return masked_transform_fwd(
-            x, target, dense_weight, dense_bias, norm_weight, norm_bias, *options
-        )
+            x, target, dense_weight, dense_bias, norm_weight, norm_bias, dtype, activation, eps,
+            ignore_index,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -235,8 +239,8 @@ def _fused_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     *transform, decoder_weight, decoder_bias = parameters.values()
     ignore_index, reduction = options["ignore_index"], options["reduction"]
     transform[1:] = [p.contiguous() for p in transform[1:]]
-    y, label, *_ = _MaskedTransform.apply(
-        x, *transform, labels, dtype, activation, float(eps), ignore_index
+    y, label, *_ = apply(
+        _MaskedTransform, x, *transform, labels, dtype, activation, float(eps), ignore_index
     )
     softcap = options["softcap"]
     numbers = (ignore_index, float(options["label_smoothing"]), float(options["z_loss"]),
@@ -245,9 +249,10 @@ def _fused_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     need = tuple(
         grad and t is not None and t.requires_grad for t in (y, decoder_weight, decoder_bias)
     )
-    loss, *_ = CompactLinearCrossEntropy.apply(
-        y, decoder_weight, decoder_bias, label, None, dtype, numbers, reduction, need
-    )
+    loss, *_ = apply(
+        CompactLinearCrossEntropy, y, decoder_weight, decoder_bias, label, None, dtype, numbers,
+        reduction, need,
+    )  # fmt: skip
     if reduction != "none" or not loss.numel():
         return loss
     masked = labels != ignore_index

@@ -6,7 +6,7 @@ import torch
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import fail, require_device, require_float, require_tensor
-from fastlm.ops._library import contract
+from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import in_shape
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference.rotary import rotary as _reference
@@ -59,9 +59,8 @@ class _Rotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, *rest = inputs
-        y = rotary_fwd(_batched(x), *rest)
+    def forward(x, cos, sin, positions, interleaved):
+        y = rotary_fwd(_batched(x), cos, sin, positions, interleaved)
         return y if x.dim() == 4 else in_shape(y, x.shape)
 
     @staticmethod
@@ -151,7 +150,7 @@ def rotary(
     _check_rotary(x, cos, sin, positions)
     if choose("rotary", impl, _BACKENDS, x.device, x, cos, sin) == "torch":
         return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
-    return _Rotary.apply(x, cos, sin, positions, interleaved)
+    return apply(_Rotary, x, cos, sin, positions, interleaved)
 
 
 def _check_rotary(x, cos, sin, positions) -> None:

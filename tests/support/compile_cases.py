@@ -76,6 +76,11 @@ def norm() -> Iterator[Case]:
     block = {"residual": True, "dropout_p": 0.1, "seed": 1, "prenorm": True}
     yield case("layer-block-aligned", 4096, 1024, "bf16", **block)
     yield case("layer-block-aligned", 4096, 8192, "fp32", **block)
+    yield case("layer-block-aligned", 4096, 2048, "bf16", **block)
+    yield case("layer-block-aligned", 4096, 4096, "bf16", **block)
+    yield case("layer-block-aligned", 4096, 8192, "bf16", **block)
+    yield case("layer-block-aligned", 4096, 12288, "bf16", **block)
+    yield case("layer-block-aligned", 4096, 12288, "fp32", **block)
     yield case("layer-wide-aligned", 512, 65536, "bf16")
     yield case("rms-aligned", 4096, 4096, "bf16")
     yield case("rms-gemma-aligned", 4096, 2048, "fp16", casting="gemma")
