@@ -115,7 +115,9 @@ def logits(s, rows, first_col, cols, M, N, diagonal, scale, batch, head, options
         s = t * softcap
         slope = 1.0 - t * t
     else:
-        s = s * scale
+        # By itself: fused with what is subtracted from it, it would be rounded otherwise in one
+        # kernel than in another, and logits of thousands turn that into wrong probabilities.
+        s = tl.fma(s, scale, 0.0)
     if values_ptr is not None or slopes_ptr is not None:
         distance = cols - rows + (first_col - diagonal)
         if slopes_ptr is not None:

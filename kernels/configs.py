@@ -325,6 +325,7 @@ def chunk_rows(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device
     """Rows of a chunk of `linear_cross_entropy`: a multiple of 128, chunks of equal size."""
     if target(device) == "cpu":
         return _CHUNK_ROWS_CPU
+    tokens = max(tokens, 1)
     most = max(_LOGITS_BYTES // (vocab * dtype.itemsize), ceil_div(tokens, _MOST_CHUNKS), 128)
     chunks = ceil_div(tokens, max(most // 128 * 128, 128))
     return ceil_div(ceil_div(tokens, min(chunks, _MOST_CHUNKS)), 128) * 128

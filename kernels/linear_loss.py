@@ -99,7 +99,7 @@ def _chunk_loss_kernel(
                 ds = score_gradients(
                     s, slope, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
                     weight_sum_ptr, N, label_smoothing, z_loss, HAS_SMOOTHING, HAS_Z_LOSS,
-                    HAS_SOFTCAP, BLOCK_N,
+                    HAS_SOFTCAP, logits_ptr.dtype.element_ty == tl.float32, BLOCK_N,
                 )  # fmt: skip
                 tl.store(logits_ptr + offsets, ds, mask=mask)
     elif GRADIENTS and row < padded_rows(left, PADDING):
@@ -204,15 +204,21 @@ def linear_cross_entropy(
 
 
 def workspace_bytes(
-    tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.device, dx: bool = True
-) -> int:
+    tokens: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.device, dx: bool = True,
+    aligned: bool = True,
+) -> int:  # fmt: skip
     """What `linear_cross_entropy` holds at a time beyond inputs, gradients and 8 bytes a token,
-    where x and weight have the products' dtype: a chunk's rows, their logits, and dx in parts."""
+    where x and weight have the products' dtype: a chunk's rows, their logits, and dx in parts.
+
+    aligned: `is_aligned(weight)`.
+    """
     rows = chunk_rows(tokens, vocab, dtype, device)
     halves = sum(ceil_div(n, ALIGNMENT) * ALIGNMENT for n in (dim, vocab)) * dtype.itemsize
     splits = 0
     if dx:
-        splits = matmul_splits(rows, dim, vocab, matmul_config("dx", device, dtype), device)
+        splits = matmul_splits(
+            rows, dim, vocab, matmul_config("dx", device, dtype, aligned), device
+        )
     return rows * (halves + 4 * splits * dim)
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.configs import ceil_div, loss_config
-from fastlm.kernels.primitives import tanh
+from fastlm.kernels.primitives import exp, tanh
 
 
 @triton.jit
@@ -99,6 +99,7 @@ def scan_rows(
     Returns:
         (loss, m, log_l, w_y): every row's loss, both parts of its lse, and w[y]. [BLOCK_M] each
     """
+    EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     s_y, slope_y = load_scores(logits_ptr, row_start + target, valid, softcap, HAS_SOFTCAP)
@@ -130,7 +131,7 @@ def scan_rows(
             s, slope = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
-        l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(s - m_safe[:, None]), 1)
+        l_i = l_i * exp(m_i - m_safe, EXACT) + tl.sum(exp(s - m_safe[:, None], EXACT), 1)
         m_i = m_new
         if HAS_SMOOTHING:
             s = tl.where(mask, s - origin[:, None], 0.0)
@@ -163,10 +164,13 @@ def score_gradients(
     s, slope, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr, weight_sum_ptr,
     N, label_smoothing, z_loss,
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of logits; 0 in ignored rows, NaN where the target is no class."""
-    p = tl.exp((s - m[:, None]) - log_l[:, None])
+    """The gradients of a tile of logits; 0 in ignored rows, NaN where the target is no class.
+
+    EXACT: of `exp`, for logits in fp32.
+    """
+    p = exp((s - m[:, None]) - log_l[:, None], EXACT)
     on_target = w_y
     if HAS_SMOOTHING:
         on_target = w_y * (1.0 - label_smoothing)
@@ -255,7 +259,8 @@ def _cross_entropy_bwd_kernel(
         s, slope = load_scores(logits_ptr, offsets, mask, softcap, HAS_SOFTCAP)
     ds = score_gradients(
         s, slope, m, log_l, dloss, w_y, target, active, valid, cols, class_weight_ptr,
-        weight_sum_ptr, N, label_smoothing, z_loss, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, BLOCK_N,
+        weight_sum_ptr, N, label_smoothing, z_loss, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+        logits_ptr.dtype.element_ty == tl.float32, BLOCK_N,
     )  # fmt: skip
     ds = ds.to(dlogits_ptr.dtype.element_ty)
     mask = mask_m[:, None] & mask_n[None, :]

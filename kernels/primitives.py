@@ -12,6 +12,22 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
 
+LOG2_E_LOW = tl.constexpr(math.log2(math.e) - 1.4426950216293335)  # what fp32's LOG2_E lacks
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
+    """exp(x) in fp32. EXACT: to two units in the last place, for any x. `tl.exp` rounds x log2(e)
+    to fp32 and is off by as many units as that is large: too much where a loss is in fp32."""
+    if EXACT:
+        t = x * LOG2_E
+        low = tl.fma(x, LOG2_E, -t) + x * LOG2_E_LOW
+        low = tl.where(tl.abs(t) < 1e30, low, 0.0)  # of infinities it is NaN
+        return tl.exp2(t) * (1.0 + low * LN_2)
+    else:
+        return tl.exp(x)
+
+
 @triton.jit
 def dropout_keep(seed, threshold, batch, head, rows, first_column, BLOCK_N: tl.constexpr):
     """The keep mask of a tile, bit for bit that of `fastlm.reference.dropout.keep_mask`.

@@ -217,10 +217,10 @@ def test_kernels_unneeded_gradients(device):
     expected = backward(*call)
     dq, *rest = backward(*call, need_dkv=False)
     assert_same_bits([dq], expected[:1])
-    assert [x.shape for x in rest] == [(0,), (0,)]
+    assert rest == [None, None]
     dq, *rest = backward(*call, need_dq=False)
     assert_same_bits(rest, expected[1:])
-    assert dq.shape == (0,)
+    assert dq is None
 
 
 @pytest.mark.parametrize("causal", ["top_left", "bottom_right"])

@@ -349,7 +349,8 @@ def test_ffn_layouts(op, layout, impl, device):
         if layout == "expanded":
             values[what] = values[what][:1].expand(values[what].shape).clone()
         changed = values | {what: with_layout(values[what], layout)}
-        if op.endswith("ffn"):  # torch's products may have other bits for other layouts
+        # Other layouts are other products of torch's, and on a GPU other kernels of Triton's.
+        if op.endswith("ffn") or (device == "cuda" and impl == "triton"):
             check_against_reference(by(impl), by("torch"), changed, backward=False)
         else:
             assert all_equal(by(impl)(**changed), by(impl)(**values)), what

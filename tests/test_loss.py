@@ -523,6 +523,9 @@ LOGITS, TARGET = torch.ones(2, 8), torch.zeros(2, dtype=torch.int64)
      "cross_entropy: impl='triton' computes in fp32 and does not take a float64 logits; "
      "use impl='torch'"),
 ])  # fmt: skip
-def test_cross_entropy_errors(change, message):
+def test_cross_entropy_errors(change, message, device):
+    call = {"logits": LOGITS, "target": TARGET, **change}
+    if "impl" in change:  # kernels ask for the device first
+        call = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in call.items()}
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=re.escape(message)):
-        fastlm.cross_entropy(**{"logits": LOGITS, "target": TARGET, **change})
+        fastlm.cross_entropy(**call)

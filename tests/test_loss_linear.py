@@ -393,9 +393,12 @@ X, WEIGHT, TARGET = torch.ones(2, 4), torch.ones(8, 4), torch.zeros(2, dtype=tor
     ({"x": X.double(), "impl": "triton"},
      "impl='triton' computes in fp32 and does not take a float64 x; use impl='torch'"),
 ])  # fmt: skip
-def test_linear_cross_entropy_errors(change, message):
+def test_linear_cross_entropy_errors(change, message, device):
+    call = {"x": X, "weight": WEIGHT, "target": TARGET, **change}
+    if "impl" in change:  # kernels ask for the device first
+        call = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in call.items()}
     with pytest.raises(
         (TypeError, ValueError, NotImplementedError),
         match=re.escape(f"linear_cross_entropy: {message}"),
     ):
-        linear_cross_entropy(**{"x": X, "weight": WEIGHT, "target": TARGET, **change})
+        linear_cross_entropy(**call)

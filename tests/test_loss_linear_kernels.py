@@ -432,7 +432,8 @@ def test_kernels_allocate_what_workspace_bytes_says(tokens, need_dx, device):
             True, False,
         )  # fmt: skip
     beyond = allocations.peak - sum(t.nbytes for t in results[2:])
-    stated = linear_loss.workspace_bytes(tokens, 60, 500, x.dtype, x.device, need_dx)
+    aligned = linear_loss.is_aligned(weight)
+    stated = linear_loss.workspace_bytes(tokens, 60, 500, x.dtype, x.device, need_dx, aligned)
     assert stated < beyond <= stated + 8 * tokens + 1024
 
 

@@ -109,6 +109,14 @@ def _round_functions(builder) -> None:
             return interpreter.TensorHandle(result, arg.dtype.scalar)
 
         setattr(builder, f"create_{name}", rounded)
+    builder.create_fma = _fma
+
+
+def _fma(x, y, z):
+    """Rounded once: the product of two fp32 is exact in fp64."""
+    with np.errstate(all="ignore"):
+        result = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+    return interpreter.TensorHandle(result.astype(z.data.dtype), z.dtype.scalar)
 
 
 def _to_bf16_bits(x: np.ndarray) -> np.ndarray:
