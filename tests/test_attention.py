@@ -522,3 +522,29 @@ def test_attention_triton_refusals(change, message, device):
         inputs["bias"] = RelativeBias(table, bidirectional=True, max_distance=9)
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         fastlm.attention(**inputs, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change,chosen", [
+    ({}, "torch"),
+    ({"causal": True}, "torch"),
+    ({"causal": True, "trains": True}, "triton"),  # with the same gradients twice
+    ({"trains": True, "deterministic": False}, "torch"),
+    ({"window": (3, 0)}, "triton"),
+    ({"return_lse": True}, "triton"),
+    ({"dropout_p": 0.1}, "triton"),
+    ({"dtype": torch.float32}, "triton"),
+    ({"headdim": 20}, "triton"),
+])  # fmt: skip
+def test_attention_leaves_plain_calls_to_torch(change, chosen, device):
+    """Where its kernel is the faster one and nothing is lost."""
+    options = dict(change)
+    shape = (2, 9, 4, options.pop("headdim", 16))
+    dtype, trains = options.pop("dtype", torch.bfloat16), options.pop("trains", False)
+    q = randn(*shape, dtype=dtype, device=device).requires_grad_(trains)
+    assert fastlm.explain("attention", q, q, q, **options).chosen == chosen
+
+
+def test_attention_leads_of_torch_are_on_a_gpu_alone():
+    q = randn(2, 9, 4, 16, dtype=torch.bfloat16)
+    assert not _attention_torch.leads(q, q, q, {"causal": False})

@@ -1,8 +1,8 @@
 """The torch backend of attention: torch's fused function where it can give our semantics.
 
 Torch's CPU kernel knows boolean and additive masks, so every call without softcap, sinks, ALiBi,
-dropout and LSE runs on it. Elsewhere its backward is not deterministic, and the reference runs
-unless the caller allows that.
+dropout and LSE runs on it. Elsewhere its backward is not deterministic, and with gradients the
+reference runs unless the caller allows that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TENSORS = ("mask", "bias", "seqlens_k")  # the optional tensors that it can use
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     """The reference's result, contiguous; q, k and v have one dtype and the options are checked."""
     with without_autocast(q.device):
-        if _fits_sdpa(q, k, options):
+        if _fits_sdpa(q, k, v, options):
             return _differentiable(_fused(q, k, v, options), q, k, v, options).contiguous()
         out = reference.attention(q, k, v, **options)
     if options["return_lse"]:
@@ -41,15 +41,33 @@ def without_autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
-def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, options: dict) -> bool:
+def leads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> bool:
+    """Whether torch's own kernel is the fastest for a call, by benchmarks/results/attention.csv: on
+    an NVIDIA GPU for halves without options, where no gradient has to be the same twice."""
+    causal, headdim = options["causal"], q.shape[-1]
+    return (
+        q.is_cuda
+        and torch.version.hip is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and all(options[name] is None for name in ("window", "mask", "bias", "seqlens_k"))
+        and (not causal or causal == "top_left" or q.shape[1] == k.shape[1])
+        and headdim == v.shape[-1]
+        and headdim % 8 == 0
+        and headdim <= 256
+        and _fits_sdpa(q, k, v, options)
+    )
+
+
+def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> bool:
     bias = options["bias"]
     if bias is not None:
         # The fused kernels give no gradient of a bias and take it in q's dtype alone.
         plain = isinstance(bias, torch.Tensor) and bias.dtype == q.dtype and not bias.requires_grad
         if not plain:
             return False
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
-        (q.device.type == "cpu" or not options["deterministic"])
+        (q.device.type == "cpu" or not options["deterministic"] or not trains)
         and not options["return_lse"]
         and options["dropout_p"] == 0.0
         and all(options[name] is None for name in _NOT_IN_SDPA)

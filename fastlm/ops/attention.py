@@ -92,15 +92,18 @@ def attention_as(op: str, q, k, v, impl, **options):
     check_options(op, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device, options)
     options["seed"] = make_seed(op, options["seed"], options["dropout_p"], q.device)
     q, k, v = (_attention_kernels.last_stride_1(x) for x in to_common_dtype(q, k, v))
-    backend = choose(op, impl, BACKENDS, q.device, q, k, v, options)
+    leads = _attention_torch.leads(q, k, v, options)
+    backend = choose(op, impl, _TORCH_FIRST if leads else BACKENDS, q.device, q, k, v, options)
     if backend == "torch":
         return _attention_torch.attention(q, k, v, options)
     return _attention_kernels.attention(backend, q, k, v, options)
 
 
-# Kernels first: they never hold a (seqlen_q, seqlen_k) matrix. Not measured on a GPU yet.
+# Kernels first: they never hold a (seqlen_q, seqlen_k) matrix, and torch's have no options. By
+# benchmarks/results/attention.csv Triton's are the faster of both where gradients are taken.
 BACKENDS = {
     "triton": _attention_kernels.triton_refuses,
     "cuda": _attention_cuda.refuses,
     "torch": supports_all,
 }
+_TORCH_FIRST = {"torch": supports_all, **BACKENDS}
