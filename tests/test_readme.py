@@ -1,5 +1,6 @@
 """The documents: their Python runs, their links lead somewhere, their tables are true."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -54,3 +55,31 @@ def test_support_matrix_is_true():
     table = re.search(r"<!-- support matrix[^\n]*-->\n(.*?)\n<!-- end -->", text, re.S)
     update = "python -P tests/support/support_matrix.py --update"
     assert table and table[1] == support_matrix.render(), f"README.md is out of date: {update}"
+
+
+def _report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    return report
+
+
+def test_measurements_are_those_of_the_rows():
+    report = _report()
+    text = (ROOT / "README.md").read_text()
+    assert report.with_table(text) == text, "out of date: python benchmarks/report.py --update"
+    assert "| bias_gelu | forward | cuda |" in report.table(report.rows())
+
+
+def test_a_measurement_is_the_mean_of_ratios_and_the_worst():
+    report = _report()
+    rows = [
+        {"op": "norm", "shape": f"{size}/layer_norm 1x1", "dtype": "bfloat16", "pass": "forward",
+         "provider": provider, "median_ms": ms, "of_ceiling": "0.5"}
+        for size, provider, ms in (
+            ("a", "torch", "4"), ("a", "fastlm-cuda", "1"), ("a", "liger", "0.5"),
+            ("b", "torch", "1"), ("b", "fastlm-cuda", "1"),
+        )
+    ]  # fmt: skip
+    line = "| layer_norm | forward | cuda | 2.00 (1.00) | liger 0.50 | 50 % |"
+    assert report.table(rows).splitlines()[2:] == [line]

@@ -325,7 +325,7 @@ def _refused_dtype(**tensors) -> str | None:
 
 
 # Triton first: two passes over the logits, where torch makes an fp32 copy and its log-softmax of
-# them. Not measured on a GPU yet.
+# them (benchmarks/results/loss.csv).
 _BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
 _LINEAR_BACKENDS = {"triton": _linear_triton_refuses, "torch": supports_all}
 

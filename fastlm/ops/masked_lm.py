@@ -417,5 +417,5 @@ def _triton_refuses(hidden, parameters) -> str | None:
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
-# Triton first: on a GPU torch would compute the rows without a label too. Not measured yet.
+# Triton first: on a GPU torch would compute the rows without a label too.
 _BACKENDS = {"triton": _triton_refuses, "torch": supports_all}

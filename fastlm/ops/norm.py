@@ -284,8 +284,8 @@ def _kernels_refuse(x, weight, bias, residual) -> str | None:
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
-# Kernels first: one pass over memory where torch composes three. Not measured on a GPU yet, hence
-# Triton before CUDA C++.
+# Kernels first: one pass over memory where torch composes three; Triton before CUDA C++, as they
+# measured (benchmarks/results/norm.csv).
 _BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
 
 
