@@ -457,7 +457,8 @@ def test_table_decides_and_compiles(op, impl, device, monkeypatch):
 def test_explain_says_the_way(impl, device, monkeypatch):
     from fastlm import backends
 
-    monkeypatch.setattr(backends, "_unavailable", lambda impl, device: None)
+    others = "not asked here"
+    monkeypatch.setattr(backends, "_unavailable", lambda i, device: others if i != impl else None)
     inputs = make_inputs("ffn", 18, 16, 40, torch.float16, device)
     explanation = fastlm.explain("ffn", **inputs)
     assert explanation.note(impl) == f"chosen ({ways.WAYS['cublas']})"

@@ -1,5 +1,6 @@
 """swap, unswap, verify and the SDPA route, on torch.nn's modules and on blocks defined here."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -436,11 +437,13 @@ def test_padding_gives_one_shape_in_every_mode():
         assert torch.equal(encoder(x_of(), src_key_padding_mask=short), out)
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("route", [contextlib.nullcontext, activate_sdpa])
+def test_compiles_in_one_graph(route):
     model = Model()
     swap(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x_of(), PAD), model(x_of(), PAD))
+    with route():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x_of(), PAD), model(x_of(), PAD))
 
 
 def test_no_attribute_of_another_package_is_assigned():

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from swap_models import DIM, HEADS, PAD, x_of
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import nn, overrides
 
 from fastlm.swap import activate_sdpa
 from fastlm.testing import randn
@@ -40,22 +39,25 @@ def test_sdpa_route_is_active_within_its_context():
 
 
 def test_sdpa_route_leaves_other_modes_alone():
-    class Other(TorchFunctionMode):
+    class Other(overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
     seen, q = [], randn(2, 3, 5, 8)
     bad = lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=2.0)
+    stack = overrides._get_current_function_mode_stack
+    before = stack()
     route = activate_sdpa()
-    with Other():
+    with Other() as other:
         assert routed(bad)
         route.deactivate()  # before the mode that was entered after it
+        assert stack() == [*before, other]
         assert not routed(bad)
         seen.clear()
         torch.relu(q)
         assert torch.relu in seen
-    assert not routed(bad)
+    assert stack() == before
 
 
 def test_sdpa_route_reaches_torchs_own_attention():

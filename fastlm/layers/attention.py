@@ -171,7 +171,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
         """(..., parts * embed_dim) to `parts` views (batch, seqlen, num_heads, head_dim)."""
-        x = x.unflatten(-1, (parts, self.num_heads, self.head_dim))
+        # Not unflatten, which torch.compile does not trace under a mode such as activate_sdpa.
+        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
         if x.dim() == 4:
             x = x.unsqueeze(0)
         elif not self.batch_first:

@@ -46,9 +46,13 @@ class SDPARoute(overrides.TorchFunctionMode):
         """Ends the route; a second call does nothing."""
         if self._active:
             self._active = False
-            # Under a mode that was entered later it stays, inactive, until that one is left.
-            if overrides._get_current_function_mode() is self:
-                super().__exit__(None, None, None)
+            # Modes that were entered later, and not left yet, stay. On another thread it stays too.
+            if any(mode is self for mode in overrides._get_current_function_mode_stack()):
+                later = []
+                while (mode := overrides._pop_mode()) is not self:
+                    later.append(mode)
+                for mode in reversed(later):
+                    overrides._push_mode(mode)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
