@@ -1,12 +1,12 @@
 """The documents: their Python runs, their links lead somewhere, their tables are true."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import benching
 import pytest
 import support_matrix
 
@@ -57,22 +57,15 @@ def test_support_matrix_is_true():
     assert table and table[1] == support_matrix.render(), f"README.md is out of date: {update}"
 
 
-def _report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    return report
-
-
 def test_measurements_are_those_of_the_rows():
-    report = _report()
+    report = benching.load("report")
     text = (ROOT / "README.md").read_text()
     assert report.with_table(text) == text, "out of date: python benchmarks/report.py --update"
     assert "| bias_gelu | forward | cuda |" in report.table(report.rows())
 
 
 def test_a_measurement_is_the_mean_of_ratios_and_the_worst():
-    report = _report()
+    report = benching.load("report")
     rows = [
         {"op": "norm", "shape": f"{size}/layer_norm 1x1", "dtype": "bfloat16", "pass": "forward",
          "provider": provider, "median_ms": ms, "of_ceiling": "0.5"}
