@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
@@ -18,8 +19,10 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import as_rows, in_shape
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
+from fastlm.reference.dropout import dropout_rows
 from fastlm.reference.embedding import embedding as _reference
+from fastlm.reference.norm import layer_norm
 
 _TABLES = ("token_weight", "position_weight", "type_weight", "norm_weight", "norm_bias")
 
@@ -268,16 +271,46 @@ def embedding(
     backend = choose(op, impl, _BACKENDS, ids.device, tables)
     seed = make_seed(op, seed, dropout_p, ids.device)
     if backend == "torch":
-        return _reference(
-            ids, positions=positions, type_ids=type_ids, eps=eps, dropout_p=dropout_p, seed=seed,
-            padding_idx=padding_idx, **dict(zip(_TABLES, tables, strict=True)),
-        )  # fmt: skip
+        y = _sum(ids, positions, type_ids, *tables[:3], padding_idx, norm_weight is not None)
+        if norm_weight is not None:
+            y = _normalized(y, norm_weight, norm_bias, eps)
+        return dropout_rows(y, dropout_p, seed).to(token_weight.dtype)
     padding_idx = -1 if padding_idx is None else padding_idx % vocab
     y, _, _ = apply(
         _Embedding, ids, positions, type_ids, *tables, seed, float(eps), float(dropout_p),
         padding_idx,
     )  # fmt: skip
     return y
+
+
+def _sum(
+    ids, positions, type_ids, token_weight, position_weight, type_weight, padding_idx, wide
+):  # fmt: skip
+    """What the tables have for each token, added in fp32 (fp64 for fp64) in as few passes as torch
+    can; `wide` keeps that dtype, as more than one rounding to a half would."""
+    y = F.embedding(ids, token_weight, padding_idx)
+    rows = []
+    if position_weight is not None:
+        rows.append(
+            position_weight[: ids.shape[-1]] if positions is None
+            else F.embedding(positions, position_weight)
+        )  # fmt: skip
+    if type_weight is not None:
+        rows.append(type_weight[0] if type_ids is None else F.embedding(type_ids, type_weight))
+    acc = torch.promote_types(y.dtype, torch.float32)
+    if wide or len(rows) > 1 or any(t.dtype != y.dtype for t in rows):
+        y = y + rows.pop(0).to(acc) if rows and y.dtype != acc else y.to(acc)
+    in_place = not torch.compiler.is_compiling() and not in_transform() and not in_functorch()
+    for t in rows:
+        y = y.add_(t) if in_place else y + t.to(y.dtype)
+    return y
+
+
+def _normalized(y, weight, bias, eps) -> torch.Tensor:
+    if y.shape[-1] == 1 and not y.is_cuda:  # where torch's is noise
+        return layer_norm(y, weight, bias, eps=eps)
+    weight, bias = (None if t is None else t.to(y.dtype) for t in (weight, bias))
+    return F.layer_norm(y, y.shape[-1:], weight, bias, eps)
 
 
 def _check_padding(op, padding_idx, vocab) -> None:

@@ -8,7 +8,14 @@ from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import fail, require_device, require_float, require_tensor
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import in_shape
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
+from fastlm.ops._transforms import (
+    TRANSFORM_REFUSAL,
+    gradients,
+    in_create_graph,
+    in_functorch,
+    in_transform,
+)
+from fastlm.reference.rotary import read_angles
 from fastlm.reference.rotary import rotary as _reference
 
 
@@ -82,6 +89,48 @@ class _Rotary(torch.autograd.Function):
         return *grads, None, None
 
 
+class _Turn(torch.autograd.Function):
+    """(x, cos, sin, interleaved) -> y by torch in as few passes as it can, for tables without a
+    gradient, with dimensions like those of x. The gradient is the inverse turn."""
+
+    @staticmethod
+    def forward(x, cos, sin, interleaved):
+        half = cos.shape[-1]
+        part = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype))
+        if interleaved:
+            # A view as complex numbers wants pairs that begin at even places.
+            *strides, last = part.stride()
+            if last != 1 or any(n % 2 for n in (*strides, part.storage_offset())):
+                part = part.clone(memory_format=torch.contiguous_format)
+            pairs = torch.view_as_complex(part.unflatten(-1, (half, 2)))
+            y = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        else:
+            y = part * torch.cat((cos, cos), -1)
+            y[..., :half].addcmul_(part[..., half:], sin, value=-1.0)
+            y[..., half:].addcmul_(part[..., :half], sin)
+        y = y.to(x.dtype)
+        return y if 2 * half == x.shape[-1] else torch.cat((y, x[..., 2 * half :]), -1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, cos, sin, ctx.interleaved = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return apply(_Turn, dy, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _torch_rotary(x, cos, sin, positions, interleaved) -> torch.Tensor:
+    trained = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if trained or torch.compiler.is_compiling() or in_functorch() or in_transform():
+        return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
+    acc = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    angles = (read_angles(table, positions, x.shape[-3]).to(acc) for table in (cos, sin))
+    return apply(_Turn, x, *angles, interleaved)
+
+
 def _gradients(incoming, inputs, kept, options, needs):
     x, cos, sin = inputs
     dx, *dtables = rotary_bwd(
@@ -149,7 +198,7 @@ def rotary(
     """
     _check_rotary(x, cos, sin, positions)
     if choose("rotary", impl, _BACKENDS, x.device, x, cos, sin) == "torch":
-        return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
+        return _torch_rotary(x, cos, sin, positions, interleaved)
     return apply(_Rotary, x, cos, sin, positions, interleaved)
 
 

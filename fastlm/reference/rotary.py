@@ -31,15 +31,7 @@ def rotary(
     """
     seqlen, half = x.shape[-3], cos.shape[-1]
     acc = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
-
-    def angles(table):
-        if positions is not None:
-            table = F.embedding(positions, table)  # unlike indexing, takes no negative ones
-        elif table.dim() == 2:
-            table = table[:seqlen]
-        return table.to(acc).unsqueeze(-2)  # every head turns alike
-
-    c, s = angles(cos), angles(sin)
+    c, s = (read_angles(table, positions, seqlen).to(acc) for table in (cos, sin))
     turned = x[..., : 2 * half].to(acc)
     if interleaved:
         a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
@@ -49,3 +41,12 @@ def rotary(
         turned = torch.cat((a * c - b * s, b * c + a * s), -1)
     turned = turned.to(x.dtype)
     return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), -1)
+
+
+def read_angles(table: torch.Tensor, positions: torch.Tensor | None, seqlen: int) -> torch.Tensor:
+    """The row of a table of cosines or sines for each token, (..., seqlen, 1, rotary_dim / 2)."""
+    if positions is not None:
+        table = F.embedding(positions, table)  # unlike indexing, takes no negative ones
+    elif table.dim() == 2:
+        table = table[:seqlen]
+    return table.unsqueeze(-2)  # every head turns alike

@@ -1,0 +1,128 @@
+"""Norms on a CPU where torch's own are inexact or slow, from its loops over chunks of rows.
+
+torch adds up the weight gradient of halves in half, row after row, and composes RMSNorm of passes
+over the whole memory. Here a chunk of rows is made fp32 and normalised while the caches have it,
+and the sums of chunks are added in fp32. RMSNorm's backward is LayerNorm's of mean 0, which then
+lacks one term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastlm.ops._rows import as_rows, viewed_as
+from fastlm.ops._transforms import gradients
+from fastlm.reference import norm as reference
+
+_CHUNK = 2**17  # elements: in fp32 half a megabyte of each tensor
+_ROWS = 128  # which torch adds up one after the other
+_backward = torch.ops.aten.native_layer_norm_backward
+
+
+class CpuNorm(torch.autograd.Function):
+    """(z, weight, bias, eps, kind, x_dtype, out_dtype) -> (y, mean, rstd); z as half or fp32.
+
+    `kind` is "layer" or "rms_" and a casting; RMSNorm has mean 0 and no bias.
+    """
+
+    @staticmethod
+    def forward(z, weight, bias, eps, kind, x_dtype, out_dtype):
+        rows = as_rows(z)
+        scale = _scale(weight, z, kind)
+        if kind == "layer":
+            shift = None if bias is None else bias.float()
+            rows = rows.to(out_dtype) if out_dtype == torch.float32 else rows
+            y, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], scale, shift, eps)
+        else:
+            y, rstd = _rms(rows, scale, eps, x_dtype if kind == "rms_llama" else None, out_dtype)
+            mean = torch.zeros_like(rstd)
+        return viewed_as(y.to(out_dtype), z), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, weight, bias, *ctx.options = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(z, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        z, weight, bias, *kept = ctx.saved_tensors
+        grads = gradients(
+            _gradients, _reference, (dy,), (z, weight, bias), kept, ctx.options,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *grads, *[None] * 4
+
+
+def _scale(weight: torch.Tensor | None, z: torch.Tensor, kind: str) -> torch.Tensor | None:
+    """What xhat is multiplied by, in fp32; in LayerNorm it says that statistics be fp32 as well."""
+    if weight is None:
+        return z.new_ones(z.shape[-1], dtype=torch.float32) if kind == "layer" else None
+    return weight.float() + 1.0 if kind == "rms_gemma" else weight.float()
+
+
+def _chunks(rows: int, cols: int) -> Iterator[slice]:
+    step = max(1, min(_CHUNK // cols, _ROWS))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _rms(z, scale, eps: float, rounded: torch.dtype | None, out_dtype):
+    """y and rstd; `rounded` is the dtype to which z * rstd is rounded before the scale."""
+    y = z.new_empty(z.shape, dtype=out_dtype)
+    rstd = z.new_empty((z.shape[0], 1), dtype=torch.float32)
+    for chunk in _chunks(*z.shape):
+        part = z[chunk].float()
+        r = torch.linalg.vector_norm(part, dim=1, keepdim=True, out=rstd[chunk])
+        r.square_().div_(z.shape[1]).add_(eps).rsqrt_()
+        whole = out_dtype == torch.float32 and rounded in (None, torch.float32)
+        out = torch.mul(part, r, out=y[chunk] if whole else None)
+        if rounded is not None and not whole:
+            out = out.to(rounded).float()
+        if scale is not None:
+            out.mul_(scale)
+        if not whole:
+            y[chunk].copy_(out)
+    return y, rstd
+
+
+def _gradients(incoming, inputs, kept, options, needs):
+    (dy,), (z, weight, bias), (mean, rstd) = incoming, inputs, kept
+    kind = options[1]
+    dy, rows, (need_z, need_weight, need_bias) = as_rows(dy), as_rows(z), needs
+    if dy.dtype != rows.dtype:
+        dy, rows = dy.float(), rows.float()
+    scale = _scale(weight, z, kind)
+    call = lambda dy, rows, mean, rstd, *wanted: _backward(
+        dy, rows, rows.shape[1:], mean, rstd, scale, scale, wanted
+    )
+    dz, sums = None, []
+    if need_z and kind == "layer":  # row by row, in fp32: exact in halves too
+        dz = call(dy, rows, mean, rstd, True, False, False)[0]
+    elif need_z:
+        dz = torch.empty_like(rows, dtype=z.dtype)
+    by_chunk = need_z and kind != "layer"
+    for chunk in _chunks(*rows.shape) if by_chunk or need_weight or need_bias else ():
+        part = dy[chunk].float(), rows[chunk].float(), mean[chunk], rstd[chunk]
+        dpart, *vectors = call(*part, by_chunk, need_weight, need_bias)
+        sums.append(vectors)
+        if by_chunk:  # what its mean took away
+            dmean = part[0].mean(1) if scale is None else (part[0] @ scale).div_(rows.shape[1])
+            torch.add(dpart, dmean[:, None] * rstd[chunk], out=dz[chunk])
+    total = lambda i, like: torch.stack([s[i] for s in sums]).sum(0).to(like.dtype)
+    return (
+        viewed_as(dz.to(z.dtype), z) if need_z else None,
+        total(0, weight) if need_weight else None,
+        total(1, bias) if need_bias else None,
+    )
+
+
+def _reference(inputs, kept, options):
+    z, weight, bias = inputs
+    eps, kind, x_dtype, out_dtype = options
+    if kind == "layer":
+        return (reference.normalize_layer(z, weight, bias, eps, out_dtype),)
+    casting = kind.removeprefix("rms_")
+    return (reference.normalize_rms(z, weight, eps, casting, x_dtype, out_dtype),)
