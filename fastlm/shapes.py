@@ -42,6 +42,13 @@ class LossShape:
 
 
 @dataclass(frozen=True)
+class SentenceShape:
+    batch: int
+    seqlen: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class RotaryShape:
     batch: int
     seqlen: int
@@ -131,6 +138,8 @@ LOSS_MASKED = {
     "mlm_llama3_masked": LossShape(8192, 128256, 4096, ignored=0.85),
 }
 
+SENTENCE = {"bert_base": SentenceShape(32, 128, 768)}
+
 LOSS_LOGITS = {"widest": LossShape(4096, 262144)}
 
 ATTENTION_SMALL = {
@@ -172,7 +181,11 @@ ROTARY_CPU = {"llama_small": RotaryShape(2, 256, 8, 64, 64)}
 
 EMBEDDING_CPU = {"bert_base": EmbeddingShape(8, 128, 5000, 768)}
 
-LOSS_CPU = {"bytes": LossShape(2048, 256, 128), "mlm_bert": LossShape(128, 30522, 768)}
+LOSS_CPU = {
+    "bytes": LossShape(2048, 256, 128),
+    "mlm_bert": LossShape(128, 30522, 768),
+    "clm_32k": LossShape(2048, 32000, 512),
+}
 LOSS_MASKED_CPU = {"mlm_bert_masked": LossShape(256, 30522, 768, ignored=0.85)}
 
 ATTENTION_CPU = {

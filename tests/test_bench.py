@@ -51,7 +51,7 @@ def test_cuda_kernels_pass_the_check_or_are_named_absent(op, impl):
         if case.function == "products":
             continue
         reason = case.unavailable[f"fastlm-{impl}"]
-        if reason == f"fastlm has no cuda kernel for {case.function}":
+        if reason.startswith("fastlm has no cuda kernel for"):
             continue
         assert reason == "its kernels run on a GPU, the inputs are on cpu"
         call = case.providers["fastlm-torch"]

@@ -38,7 +38,8 @@ PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTION
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 4 rows, and half-precision products in slices of 5 classes."""
+    """Chunks of 4 rows in blocks of few, and half-precision products in slices of 5 classes."""
+    monkeypatch.setattr(_chunked_loss, "_BLOCK", 48)
     monkeypatch.setattr(_chunked_loss, "_CHUNK", {"cpu": 64})
     monkeypatch.setattr(_chunked_loss, "_CHUNK_ELSEWHERE", 64)
     monkeypatch.setattr(_chunked_loss, "_CHUNK_ROWS", 4)
@@ -367,7 +368,7 @@ def test_linear_cross_entropy_opcheck(device):
     x, weight, target, class_weight = inputs.values()
     for dloss, need in ((None, True), (randn(9, device=device), True), (None, False)):
         args = (x, weight, weight[:, 0], target, class_weight, dloss, torch.float32)
-        options = (-100, 0.1, 0.01, 2.0, need, need, need)
+        options = (-100, 0.1, 0.01, 2.0, True, need, need, need)
         op = torch.ops.fastlm.chunked_linear_cross_entropy.default
         torch.library.opcheck(op, (*args, *options))
 

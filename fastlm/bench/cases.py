@@ -143,8 +143,8 @@ def _ffn_size(s: shapes.FfnShape) -> str:
 
 
 def loss_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Cross-entropy of logits, of a linear head, and of BERT's head; the products of a head alone,
-    which are what its loss cannot be faster than.
+    """Cross-entropy of logits, of a linear head, and of BERT's two heads; the products of a head
+    alone, which are what its loss cannot be faster than.
 
     Work of a head is that of the tokens that have a target.
     """
@@ -162,6 +162,8 @@ def loss_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
     for name, s in (shapes.LOSS_MASKED if gpu else shapes.LOSS_MASKED_CPU).items():
         yield _linear_case(name, s, device, dtype)
         yield _masked_lm_case(name, s, device, dtype)
+    for name, s in shapes.SENTENCE.items():
+        yield _sentence_case(name, s, device, dtype)
 
 
 def _target(s: shapes.LossShape, device: torch.device) -> torch.Tensor:
@@ -223,6 +225,27 @@ def _masked_lm_case(name: str, s: shapes.LossShape, device, dtype) -> Case:
     return make_case(
         "loss", f"{name}/masked_lm_loss {s.tokens}x{s.vocab}x{s.dim}", "masked_lm_loss", tensors,
         {}, eager, _products_of(s),
+    )  # fmt: skip
+
+
+def _sentence_case(name: str, s: shapes.SentenceShape, device, dtype) -> Case:
+    pairs = shapes.LossShape(s.batch, 2, s.dim)
+    square = randn(s.dim, s.dim, dtype=dtype, device=device, seed=4, scale=s.dim**-0.5)
+    tensors = {
+        "hidden": randn(s.batch, s.seqlen, s.dim, dtype=dtype, device=device, seed=2),
+        "labels": _target(pairs, device), "weight": _head(pairs, device, dtype)["weight"],
+        "bias": randn(2, dtype=dtype, device=device, seed=5), "pooler_weight": square,
+        "pooler_bias": randn(s.dim, dtype=dtype, device=device, seed=6),
+    }  # fmt: skip
+
+    def eager(hidden, labels, weight, bias, pooler_weight, pooler_bias):
+        pooled = torch.tanh(F.linear(hidden[:, 0], pooler_weight, pooler_bias))
+        return F.cross_entropy(F.linear(pooled, weight, bias), labels)
+
+    product = 2 * s.batch * s.dim * (s.dim + 2)
+    return make_case(
+        "loss", f"{name}/next_sentence_loss {s.batch}x{s.seqlen}x{s.dim}", "next_sentence_loss",
+        tensors, {}, eager, Work("TFLOP/s", product, 2 * product),
     )  # fmt: skip
 
 

@@ -1,11 +1,17 @@
-"""Cross-entropy of a linear head in chunks of tokens: one (chunk, vocab) tile of logits at a time.
+"""Cross-entropy of a linear head, or of logits, in chunks of tokens, composed of torch's functions.
 
-Each chunk's logits become its losses and, while they are there, its part of every gradient, so the
-head is multiplied three times, as by eager, and no (tokens, vocab) tensor exists.
+    logits = x @ weight.T + bias, or x;  loss, ds: as in kernels/loss.py
+    dx = ds @ weight, or ds;  dweight = ds.T @ x;  dbias = sum_rows(ds)
+
+There is never a (tokens, vocab) tensor of a head: ds takes the place of a chunk's logits, and goes
+into its part of every gradient while it is there, so the head is multiplied three times, as by
+eager. On a CPU a chunk goes block by block, so that all passes over logits but the first are over
+what the caches hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +19,15 @@ import torch.nn.functional as F
 
 from fastlm.ops._check import fail
 from fastlm.ops._library import contract
-from fastlm.ops._transforms import gradients, in_create_graph, in_functorch
-from fastlm.reference import loss as reference
 
 # Logits of one chunk: 32 MB of fp32 stay near the caches of a CPU, 512 MB fill a GPU. A chunk has
 # at least 256 rows, or its matrix products would be bound by reading the head.
 _CHUNK = {"cpu": 2**23}
 _CHUNK_ELSEWHERE = 2**27
 _CHUNK_ROWS = 256
+_BLOCK = 2**18  # logits of one block of a CPU: 1 MB of fp32
+# Chunks up to which a bf16 gradient is rounded once a chunk; more of them are added up in fp32.
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -28,28 +35,39 @@ class _Options:
     label_smoothing: float
     z_loss: float
     softcap: float | None
-    gradients: bool
+
+
+def gradient_dtypes(x, weight) -> tuple[torch.dtype, torch.dtype]:
+    """Of dx and dweight, from `chunked_linear_cross_entropy`: fp16 may not hold them unscaled."""
+    unscaled = lambda t: torch.float32 if t.dtype == torch.float16 else t.dtype
+    if weight is None or weight.dtype != torch.bfloat16:
+        return unscaled(x), unscaled(x if weight is None else weight)
+    few = x.shape[0] <= _ROUNDINGS * _chunk_rows(x.device, weight.shape[0], True)
+    return unscaled(x), torch.bfloat16 if few else torch.float32
 
 
 def _fake(
     x, weight, bias, target, class_weight, dloss, dtype, ignore_index, label_smoothing, z_loss,
-    softcap, need_dx, need_dweight, need_dbias,
+    softcap, mean, need_dx, need_dweight, need_dbias,
 ):  # fmt: skip
     acc = torch.promote_types(dtype, torch.float32)
-    new = lambda shape, needed: x.new_empty(shape if needed else (0,), dtype=acc)
+    dx_dtype, dweight_dtype = gradient_dtypes(x, weight)
+    new = lambda needed, like, dtype=acc: x.new_empty(
+        like.shape if needed and like is not None else (0,), dtype=dtype
+    )
     return (
-        new(target.shape, True),
-        new(target.shape, True),
-        new(x.shape, need_dx),
-        new(weight.shape, need_dweight),
-        new(weight.shape[:1], need_dbias),
+        new(True, target),
+        x.new_empty((), dtype=acc),
+        new(need_dx, x, dx_dtype),
+        new(need_dweight, weight, dweight_dtype),
+        new(need_dbias, bias),
     )
 
 
 @contract(_fake)
 def chunked_linear_cross_entropy(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     target: torch.Tensor,
     class_weight: torch.Tensor | None,
@@ -59,187 +77,176 @@ def chunked_linear_cross_entropy(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    mean: bool,
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, row_weight, dx, dweight, dbias), fp32 (fp64 for fp64); gradients not needed are empty.
+    """(loss, total, dx, dweight, dbias): losses of rows and the sum of their weights w[y], fp32
+    (fp64 for fp64); gradients in `gradient_dtypes`, dbias as loss, empty where not needed.
 
     Args:
-        x, weight, bias, target: (tokens, dim), (vocab, dim), (vocab,), (tokens,).
+        x, weight, bias, target: (tokens, dim), (vocab, dim), (vocab,), (tokens,); x is the logits
+            where weight is None.
         dloss: (tokens,), the incoming gradient of each loss; None: 1 each.
         dtype: of the matrix products.
+        mean: gradients are those of the mean, and dloss of it.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         acc = torch.promote_types(dtype, torch.float32)
-        new = lambda shape, needed: x.new_zeros(shape if needed else (0,), dtype=acc)
-        loss, row_weight = new(target.shape, True), new(target.shape, True)
-        dx, dweight = new(x.shape, need_dx), new(weight.shape, need_dweight)
-        dbias = new(weight.shape[:1], need_dbias)
-        head = weight.to(dtype), None if bias is None else bias.to(dtype)
-        classes = None if class_weight is None else class_weight.to(acc)
-        options = _Options(label_smoothing, z_loss, softcap, need_dx or need_dweight or need_dbias)
-        for rows in _chunks(target, ignore_index, weight.shape[0]):
-            x_c, y, kept = x[rows].to(dtype), target[rows], target[rows] != ignore_index
+        vocab, classes = _vocab(x, weight), None if class_weight is None else class_weight.to(acc)
+        index = _kept_rows(target, ignore_index, vocab, weight is not None)
+        kept, y, w_y = _targets(target, ignore_index, classes, acc)
+        total = w_y.sum()
+        row = kept.to(acc) if dloss is None else torch.where(kept, dloss.to(acc), 0.0)
+        if mean:
+            row = row * torch.where(total == 0.0, 0.0, 1.0 / total)
+        options, head = _Options(label_smoothing, z_loss, softcap), None
+        if weight is not None:
+            head = weight.to(dtype), None if bias is None else bias.to(dtype)
+        sums = _Sums(x, weight, bias, need_dx, need_dweight, need_dbias, acc, index is not None)
+        loss = x.new_zeros(target.shape, dtype=acc)
+        for rows in _chunks(x, vocab, weight is not None, index):
+            x_c, some = x[rows].to(dtype), [t[rows] for t in (kept, y, w_y, row)]
             if x.device.type != "cpu":  # else there is no ignored row in the chunk
-                x_c = x_c.masked_fill(~kept[:, None], 0.0)  # not even its NaN reaches a gradient
-            grad = None if dloss is None else dloss[rows].to(acc)
-            loss[rows], row_weight[rows], ds = _chunk(x_c, *head, y, kept, classes, grad, options)
-            if need_dbias:
-                dbias += ds.sum(0)
-            if ds is not None:
-                ds = ds.to(dtype)
-            if need_dx:
-                dx[rows] = (ds @ head[0]).to(acc)
-            if need_dweight:
-                _add_product(dweight, ds, x_c)
-        return loss, row_weight, dx, dweight, dbias
+                x_c = x_c.masked_fill(~some[0][:, None], 0.0)  # not even its NaN reaches a gradient
+            loss[rows], ds = _chunk(x_c, head, *some, classes, options, sums.wanted)
+            sums.add(rows, x_c, ds)
+        return loss, total, *sums.results()
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """(x, weight, bias, target, ...) -> (loss, row_weight, *grads); per row, or losses summed.
+class _Sums:
+    """The gradients, to which each chunk adds its part."""
 
-    The sum has one incoming gradient, so the forward already makes the gradients, up to that
-    factor; per row they are made in the backward, from logits computed again. The backward of a
-    sum scales the gradients where they are and gives them away, as in `_linear_loss`.
-    """
+    def __init__(self, x, weight, bias, need_dx, need_dweight, need_dbias, acc, gathers):
+        self.wanted = need_dx or need_dweight or need_dbias
+        self.weight, self.first = weight, True
+        dx_dtype, dweight_dtype = gradient_dtypes(x, weight)
+        new = lambda make, needed, like, dtype: make(like.shape if needed else (0,), dtype=dtype)
+        # Ignored rows get no chunk.
+        self.dx = new(x.new_zeros if gathers else x.new_empty, need_dx, x, dx_dtype)
+        self.dweight = new(x.new_empty, need_dweight, weight, dweight_dtype)
+        self.dbias = new(x.new_zeros, need_dbias, bias, acc)
 
-    @staticmethod
-    def forward(x, weight, bias, target, class_weight, dtype, options, summed, need):
-        loss, row_weight, *grads = chunked_linear_cross_entropy(
-            x, weight, bias, target, class_weight, None, dtype, *options,
-            *(summed and n for n in need),
-        )  # fmt: skip
-        return loss.sum() if summed else loss, row_weight, *grads
+    def add(self, rows, x, ds) -> None:
+        if self.dx.numel():
+            part = ds if self.weight is None else ds @ self.weight.to(ds.dtype)
+            self.dx[rows] = part.to(self.dx.dtype)
+        if self.dweight.numel():
+            _add_product(self.dweight, ds, x, self.first)
+        if self.dbias.numel():
+            self.dbias += ds.sum(0, dtype=self.dbias.dtype)
+        self.first = False
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, dtype, options, summed, _ = inputs
-        _, row_weight, *grads = output
-        ctx.options = dtype, *options, summed
-        ctx.mark_non_differentiable(row_weight, *grads)
-        ctx.ready = None
-        if not summed:
-            grads = []
-        elif not torch.compiler.is_compiling() and not in_functorch():
-            ctx.ready, grads = grads, []
-        ctx.save_for_backward(*tensors, *grads)
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        x, weight, bias, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if ctx.ready is not None and not in_create_graph():
-            ready, ctx.ready = ctx.ready, None
-            grads = tuple(
-                g.mul_(dloss).to(t.dtype) if n else None
-                for g, t, n in zip(ready, (x, weight, bias), needs, strict=True)
-            )
-            return *grads, *[None] * 6
-        summed = ctx.options[-1]
-        grads = gradients(
-            _scaled_gradients if summed else _rowwise_gradients, _reference, (dloss,),
-            (x, weight, bias), kept, ctx.options, needs,
-        )  # fmt: skip
-        return *grads, *[None] * 6
+    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.first:  # there was no chunk
+            self.dweight.zero_()
+        return self.dx, self.dweight, self.dbias
 
 
-def _scaled_gradients(incoming, inputs, kept, options, needs):
-    (dloss,), (target, class_weight, *grads), (*options, _) = incoming, kept, options
-    if not grads:
-        _, _, *grads = chunked_linear_cross_entropy(
-            *inputs, target, class_weight, None, *options, *needs
-        )
-    # Out of place: a second backward over a retained graph finds them unscaled.
-    return tuple(
-        (g * dloss).to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True)
-    )
+def _vocab(x: torch.Tensor, weight: torch.Tensor | None) -> int:
+    return x.shape[1] if weight is None else weight.shape[0]
 
 
-def _rowwise_gradients(incoming, inputs, kept, options, needs):
-    *options, _ = options
-    _, _, *grads = chunked_linear_cross_entropy(*inputs, *kept, *incoming, *options, *needs)
-    return tuple(g.to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True))
+def _targets(target, ignore_index, class_weight, acc) -> tuple[torch.Tensor, ...]:
+    """Of each row whether it is kept, its class y and its weight w[y], both 0 where it is not."""
+    kept = target != ignore_index
+    y = torch.where(kept, target, 0).long()
+    w_y = kept.to(acc) if class_weight is None else torch.where(kept, class_weight[y], 0.0)
+    return kept, y, w_y
 
 
-def _reference(inputs, kept, options):
-    (x, weight, bias), (target, class_weight, *_) = inputs, kept
-    dtype, ignore_index, label_smoothing, z_loss, softcap, summed = options
-    x = x.masked_fill((target == ignore_index)[:, None], 0.0)
-    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    loss = reference.cross_entropy(
-        logits, target, class_weight=class_weight, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        reduction="sum" if summed else "none", out_dtype=torch.promote_types(dtype, torch.float32),
-    )  # fmt: skip
-    return (loss,)
+def _kept_rows(target, ignore_index, vocab, linear) -> torch.Tensor | None:
+    """The rows that are not ignored, or None for all: they are known without a sync on a CPU alone,
+    and elsewhere every row is computed."""
+    if target.device.type != "cpu":
+        return None
+    kept = (target != ignore_index).nonzero().squeeze(1)
+    outside = (target[kept] < 0) | (target[kept] >= vocab)
+    if outside.any():
+        op = "linear_cross_entropy" if linear else "cross_entropy"
+        first, classes = target[kept][outside][0].item(), f"from 0 to {vocab - 1}"
+        raise fail(op, "target", f"be ignore_index or {classes}", first, IndexError)
+    return kept if len(kept) < target.shape[0] else None
 
 
-def _chunks(target: torch.Tensor, ignore_index: int, vocab: int):
-    """Yields the rows of each chunk: a slice, or the indices of rows that are not ignored.
+def _chunk_rows(device: torch.device, vocab: int, linear: bool) -> int:
+    if not linear:
+        return max(_BLOCK // vocab, 1)
+    return max(_CHUNK.get(device.type, _CHUNK_ELSEWHERE) // vocab, _CHUNK_ROWS)
 
-    Which rows these are is known without a sync on the CPU alone; elsewhere every row is computed.
-    """
-    index, tokens = None, target.shape[0]
-    if target.device.type == "cpu":
-        kept = (target != ignore_index).nonzero().squeeze(1)
-        outside = (target[kept] < 0) | (target[kept] >= vocab)
-        if outside.any():
-            first, classes = target[kept][outside][0].item(), f"from 0 to {vocab - 1}"
-            raise fail(
-                "linear_cross_entropy", "target", f"be ignore_index or {classes}", first, IndexError
-            )
-        if len(kept) < tokens:
-            index, tokens = kept, len(kept)
-    size = max(_CHUNK.get(target.device.type, _CHUNK_ELSEWHERE) // vocab, _CHUNK_ROWS)
+
+def _chunks(x, vocab, linear, index) -> Iterator[slice | torch.Tensor]:
+    """The rows of each chunk: a slice, or the indices of rows that are not ignored."""
+    tokens, size = x.shape[0] if index is None else len(index), _chunk_rows(x.device, vocab, linear)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         yield rows if index is None else index[rows]
 
 
-def _add_product(dweight: torch.Tensor, ds: torch.Tensor, x: torch.Tensor) -> None:
-    """dweight += ds.T @ x; a product in half precision is made in slices, and added in fp32."""
+def _add_product(dweight: torch.Tensor, ds: torch.Tensor, x: torch.Tensor, first: bool) -> None:
+    """dweight (+)= ds.T @ x; a product in another dtype is made in slices."""
     if dweight.dtype == ds.dtype:
-        dweight.addmm_(ds.t(), x)
+        if first:
+            torch.mm(ds.t(), x, out=dweight)
+        else:
+            dweight.addmm_(ds.t(), x)
         return
     size = max(_CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // (4 * x.shape[1] + 1), _CHUNK_ROWS)
     for rows, columns in zip(dweight.split(size), ds.split(size, 1), strict=True):
-        rows += columns.t() @ x
+        part = columns.t() @ x
+        rows.copy_(part) if first else rows.add_(part)
 
 
-def _chunk(x, weight, bias, target, kept, w, dloss, options: _Options):
-    """(loss, row_weight, dloss/dlogits) of some rows; formulas: `fastlm/reference/loss.py`.
+def _chunk(x, head, kept, y, w_y, row, class_weight, options: _Options, gradients: bool):
+    """(loss, ds) of some rows, ds in the logits' dtype or None; block by block on a CPU."""
+    s = x if head is None else F.linear(x, *head)
+    loss, ds = torch.empty_like(w_y), None
+    if gradients:
+        ds = torch.empty_like(s) if head is None else s
+    size = min(max(_BLOCK // s.shape[1], 1) if x.device.type == "cpu" else len(x), len(x))
+    p = s.new_empty((size, s.shape[1]), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
+    for start in range(0, len(x), max(size, 1)):
+        b = slice(start, start + size)
+        loss[b] = _block(
+            s[b].to(w_y.dtype), p, kept[b], y[b], w_y[b], row[b], class_weight, options,
+            None if ds is None else ds[b],
+        )  # fmt: skip
+    return loss, ds
 
-    Works in place where it can: of (rows, vocab) there are two tensors, and s alone stays.
+
+def _block(s, p, kept, y, w_y, row, w, options: _Options, ds: torch.Tensor | None):
+    """The losses of some rows, from logits in fp32, and into `ds`, which may be these logits, their
+    gradients, with p for probabilities; formulas: `fastlm/reference/loss.py`.
+
+    One exponential a logit: the sum of exp(s - max) is 1 over the largest probability.
     """
-    vocab, e = weight.shape[0], options.label_smoothing
-    y = torch.where(kept, target, 0).long()[:, None]
-    s = F.linear(x, weight, bias)
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    if options.softcap is not None:
-        s = s.div_(options.softcap).tanh_().mul_(options.softcap)
-    logp = s.log_softmax(-1)
-    w_y = kept.to(s.dtype) if w is None else torch.where(kept, w[y[:, 0]], 0.0)
-    loss = w_y * (1.0 - e) * -logp.gather(1, y)[:, 0]
+    vocab, e, z, cap = s.shape[1], options.label_smoothing, options.z_loss, options.softcap
+    if cap is not None:
+        s = (s / cap).tanh_().mul_(cap)
+    p, m = torch.softmax(s, 1, out=p[: len(s)]), s.amax(1)
+    log_l = -p.amax(1).log_()
+    y = y[:, None]
+    loss = (1.0 - e) * w_y * (log_l + (m - s.gather(1, y)[:, 0]))
+    classes = vocab if w is None else w.sum()
     if e > 0.0:
-        loss -= e / vocab * (logp.sum(1) if w is None else logp @ w)
-    if options.z_loss > 0.0:
-        lse = s.amax(1) - logp.amax(1)
-        loss += options.z_loss * w_y * lse.square()
+        centered = s - m[:, None]
+        loss += e / vocab * (classes * log_l - (centered.sum(1) if w is None else centered @ w))
+    if z > 0.0:
+        loss += z * w_y * (m + log_l).square()
     loss = torch.where(kept, loss, 0.0)
-    if not options.gradients:
-        return loss, w_y, None
-    row = kept.to(s.dtype) if dloss is None else torch.where(kept, dloss, 0.0)
+    if ds is None:
+        return loss
     on_target = row * w_y * (1.0 - e)
     on_p = on_target
-    if options.z_loss > 0.0:
-        on_p = on_p + row * w_y * (2.0 * options.z_loss) * lse
+    if z > 0.0:
+        on_p = on_p + row * w_y * (2.0 * z) * (m + log_l)
     if e > 0.0:
-        on_p = on_p + row * (e / vocab) * (vocab if w is None else w.sum())
-    ds = logp.exp_().mul_(on_p[:, None])
-    ds.scatter_(1, y, ds.gather(1, y) - on_target[:, None])
+        on_p = on_p + row * (e / vocab) * classes
+    p.mul_(on_p[:, None]).scatter_add_(1, y, -on_target[:, None])
     if e > 0.0:
-        ds.addr_(row, torch.ones_like(ds[0]) if w is None else w, alpha=-e / vocab)
-    if options.softcap is not None:
-        ds.sub_(s.square_().mul_(ds), alpha=options.softcap**-2)  # times 1 - tanh^2
-    return loss, w_y, ds
+        p.addr_(row, torch.ones_like(p[0]) if w is None else w, alpha=-e / vocab)
+    if cap is not None:
+        p.sub_(s.square_().mul_(p), alpha=cap**-2)  # times 1 - tanh^2
+    ds.copy_(p)
+    return loss

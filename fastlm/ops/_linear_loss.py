@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear head on kernels that compute kept rows alone, as an autograd function.
+"""Cross-entropy of a linear head as an autograd function over its two backends: kernels that
+compute kept rows alone, and chunks of torch's functions.
 
 The gradient of a head of 128k classes takes a gigabyte. So the backward of a mean or sum scales the
 gradients that the forward made where they are, and gives them away; a second backward over a
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastlm.ops._chunked_loss import chunked_linear_cross_entropy
 from fastlm.ops._library import contract
 from fastlm.ops._transforms import gradients, in_create_graph, in_functorch
 from fastlm.reference import loss as reference
@@ -78,19 +80,36 @@ def scale_gradient_(x: torch.Tensor, scale: torch.Tensor) -> None:
     linear_loss.scaled(x, scale, x)
 
 
-class CompactLinearCrossEntropy(torch.autograd.Function):
+def _torch_scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x * scale).to(dtype)
+
+
+def _torch_scale_(x: torch.Tensor, scale: torch.Tensor) -> None:
+    if scale.device.type != "cpu" or scale != 1.0:  # a pass over a large tensor
+        x.mul_(scale)
+
+
+# Losses with gradients, a gradient times a number, and the same in place, by backend.
+_CALLS = {
+    "triton": (compact_linear_cross_entropy, scaled_gradient, scale_gradient_),
+    "torch": (chunked_linear_cross_entropy, _torch_scaled, _torch_scale_),
+}
+
+
+class LinearCrossEntropy(torch.autograd.Function):
     """(x, weight, bias, target, ...) -> (loss, total, *grads); of rows, or reduced.
 
-    Args of `apply`: tensors as the contract's; the products' dtype; (ignore_index, label_smoothing,
-    z_loss, softcap); the reduction; which of x, weight and bias want a gradient.
+    Args of `apply`: tensors as the contract's, which by torch may be logits without a weight; the
+    products' dtype; (ignore_index, label_smoothing, z_loss, softcap); the reduction; which of x,
+    weight and bias want a gradient; the backend.
     """
 
     @staticmethod
-    def forward(x, weight, bias, target, class_weight, dtype, options, reduction, need):
+    def forward(x, weight, bias, target, class_weight, dtype, options, reduction, need, impl):
         summed = reduction != "none"
-        loss, total, *grads = compact_linear_cross_entropy(
+        loss, total, *grads = _CALLS[impl][0](
             x, weight, bias, target, class_weight, None, dtype, *options,
-            _mean_in_kernel(reduction, dtype), *(summed and n for n in need),
+            _mean_in_forward(reduction, dtype), *(summed and n for n in need),
         )  # fmt: skip
         if summed:
             loss = loss.sum()
@@ -100,9 +119,9 @@ class CompactLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, dtype, options, reduction, _ = inputs
+        *tensors, dtype, options, reduction, _, impl = inputs
         _, total, *grads = output
-        ctx.options = dtype, *options, reduction
+        ctx.options = impl, dtype, *options, reduction
         ctx.mark_non_differentiable(total, *grads)
         ctx.set_materialize_grads(False)
         ctx.ready = None
@@ -115,21 +134,21 @@ class CompactLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, bias, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if ctx.ready is not None and not in_create_graph():
             grads, ctx.ready = ctx.ready, None
             scale = _scale(dloss, kept[2], ctx.options)
-            return *_given(grads, scale, (x, weight, bias), needs), *[None] * 6
+            return *_given(grads, scale, (x, weight, bias), needs, ctx.options[0]), *[None] * 7
         fused = _rowwise_gradients if ctx.options[-1] == "none" else _reduced_gradients
         grads = gradients(
             fused, _reference, (dloss,), (x, weight, bias), kept, ctx.options, needs
         )  # fmt: skip
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
-def _mean_in_kernel(reduction: str, dtype: torch.dtype) -> bool:
+def _mean_in_forward(reduction: str, dtype: torch.dtype) -> bool:
     """Whether gradients have the mean's factor before they are rounded; fp16's would underflow."""
     return reduction == "mean" and dtype != torch.float16
 
@@ -140,46 +159,48 @@ def _divisor(total: torch.Tensor) -> torch.Tensor:
 
 
 def _scale(dloss: torch.Tensor, total: torch.Tensor, options: tuple) -> torch.Tensor:
-    """What the gradients lack, one fp32 number."""
-    dtype, *_, reduction = options
-    if reduction == "mean" and not _mean_in_kernel(reduction, dtype):
+    """What the gradients lack, one number."""
+    _, dtype, *_, reduction = options
+    if reduction == "mean" and not _mean_in_forward(reduction, dtype):
         return dloss / _divisor(total)
     return dloss
 
 
-def _given(grads, scale, inputs, needs) -> tuple[torch.Tensor | None, ...]:
+def _given(grads, scale, inputs, needs, impl) -> tuple[torch.Tensor | None, ...]:
     """Gradients that nobody else has, scaled in place where they have the input's dtype."""
+    _, scaled, scale_ = _CALLS[impl]
     out = []
     for g, x, needed in zip(grads, inputs, needs, strict=True):
         if not needed:
             out.append(None)
         elif g.dtype == x.dtype:
-            scale_gradient_(g, scale)
+            scale_(g, scale)
             out.append(g)
         else:
-            out.append(scaled_gradient(g, scale, x.dtype))
+            out.append(scaled(g, scale, x.dtype))
     return tuple(out)
 
 
 def _reduced_gradients(incoming, inputs, kept, options, needs):
     target, class_weight, total, *grads = kept
-    dtype, *numbers, reduction = options
+    impl, dtype, *numbers, reduction = options
+    compute, scaled, _ = _CALLS[impl]
     scale = _scale(*incoming, total, options)
     if not grads:
-        _, _, *grads = compact_linear_cross_entropy(
+        _, _, *grads = compute(
             *inputs, target, class_weight, None, dtype, *numbers,
-            _mean_in_kernel(reduction, dtype), *needs,
+            _mean_in_forward(reduction, dtype), *needs,
         )  # fmt: skip
     return tuple(
-        scaled_gradient(g, scale, x.dtype) if n else None
+        scaled(g, scale, x.dtype) if n else None
         for g, x, n in zip(grads, inputs, needs, strict=True)
     )
 
 
 def _rowwise_gradients(incoming, inputs, kept, options, needs):
     (dloss,), (target, class_weight, *_) = incoming, kept
-    dtype, *numbers, _ = options
-    _, _, *grads = compact_linear_cross_entropy(
+    impl, dtype, *numbers, _ = options
+    _, _, *grads = _CALLS[impl][0](
         *inputs, target, class_weight, dloss, dtype, *numbers, False, *needs
     )
     return tuple(g.to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True))
@@ -187,12 +208,13 @@ def _rowwise_gradients(incoming, inputs, kept, options, needs):
 
 def _reference(inputs, kept, options):
     (x, weight, bias), (target, class_weight, *_) = inputs, kept
-    dtype, ignore_index, label_smoothing, z_loss, softcap, reduction = options
-    x = x.masked_fill((target == ignore_index)[:, None], 0.0)
-    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    _, dtype, ignore_index, label_smoothing, z_loss, softcap, reduction = options
+    x = x.masked_fill((target == ignore_index)[:, None], 0.0).to(dtype)
+    if weight is not None:
+        x = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     loss = reference.cross_entropy(
-        logits, target, class_weight=class_weight, ignore_index=ignore_index,
+        x, target, class_weight=class_weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
-        out_dtype=torch.float32,
+        out_dtype=torch.promote_types(dtype, torch.float32),
     )  # fmt: skip
     return (loss,)

@@ -13,12 +13,20 @@ from collections.abc import Iterator
 import torch
 
 from fastlm.ops._rows import as_rows, viewed_as
-from fastlm.ops._transforms import gradients
+from fastlm.ops._transforms import gradients, in_functorch, in_transform
 from fastlm.reference import norm as reference
 
 _CHUNK = 2**17  # elements: in fp32 half a megabyte of each tensor
 _ROWS = 128  # which torch adds up one after the other
 _backward = torch.ops.aten.native_layer_norm_backward
+
+
+def is_for(z: torch.Tensor) -> bool:
+    """Whether `CpuNorm` takes z here. torch's loops form xhat as x * rstd - mean * rstd, which
+    leaves noise in a row of one column; compilers and transforms want what they can see through."""
+    if z.device.type != "cpu" or z.dtype == torch.float64 or z.shape[-1] == 1:
+        return False
+    return not (torch.compiler.is_compiling() or in_transform() or in_functorch())
 
 
 class CpuNorm(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.backends import Impl, choose, supports_all
+from fastlm.ops import _norm_cpu
 from fastlm.ops._check import (
     fail,
     make_seed,
@@ -307,10 +308,9 @@ def _sum(
 
 
 def _normalized(y, weight, bias, eps) -> torch.Tensor:
-    if y.shape[-1] == 1 and not y.is_cuda:  # where torch's is noise
-        return layer_norm(y, weight, bias, eps=eps)
-    weight, bias = (None if t is None else t.to(y.dtype) for t in (weight, bias))
-    return F.layer_norm(y, y.shape[-1:], weight, bias, eps)
+    if _norm_cpu.is_for(y):
+        return apply(_norm_cpu.CpuNorm, y, weight, bias, eps, "layer", y.dtype, y.dtype)[0]
+    return layer_norm(y, weight, bias, eps=eps)
 
 
 def _check_padding(op, padding_idx, vocab) -> None:

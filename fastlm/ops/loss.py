@@ -18,10 +18,9 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
-from fastlm.ops._chunked_loss import LinearCrossEntropy
-from fastlm.ops._library import apply, contract
-from fastlm.ops._linear_loss import CompactLinearCrossEntropy
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_transform
+from fastlm.ops._library import apply, contract, in_eager
+from fastlm.ops._linear_loss import LinearCrossEntropy
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
 from fastlm.reference import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -215,7 +214,8 @@ def linear_cross_entropy(
     of each input whose dtype is not the products', and fp32 sums for fp16 gradients. With "mean"
     and "sum" the gradients exist from the forward pass on, and the backward hands them over; a
     second backward of a retained graph computes them again. The torch backend has chunks of 32 MB
-    of fp32 logits on a CPU and of 512 MB on a GPU, where it computes ignored rows too.
+    of fp32 logits on a CPU and of 512 MB on a GPU, where it computes ignored rows too; of a bf16
+    weight's gradient over more than 8 chunks it has fp32 sums.
 
     Args:
         x: (..., dim), any floating dtype and strides.
@@ -262,15 +262,8 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
         )  # fmt: skip
     flat = x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight
-    if backend == "triton":
-        loss, *_ = apply(CompactLinearCrossEntropy, *flat, dtype, options, reduction, need)
-        return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
-    loss, row_weight, *_ = apply(
-        LinearCrossEntropy, *flat, dtype, options, reduction != "none", need
-    )
-    if reduction == "none":
-        return loss.view(target.shape).to(out_dtype)
-    return reference.reduce(loss, row_weight, reduction).to(out_dtype)
+    loss, *_ = apply(LinearCrossEntropy, *flat, dtype, options, reduction, need, backend)
+    return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
 def check_loss(
@@ -335,24 +328,48 @@ def _torch_cross_entropy(
     out_dtype,
 ):  # fmt: skip
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if z_loss > 0.0 or softcap is not None:
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if _by_chunks(flat):
+        numbers = (ignore_index, float(label_smoothing), float(z_loss),
+                   None if softcap is None else float(softcap))  # fmt: skip
+        loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
+                         numbers, reduction, (True, False, False), "torch")  # fmt: skip
+    elif z_loss > 0.0 or softcap is not None:
         return reference.cross_entropy(
             logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
             reduction=reduction, out_dtype=out_dtype, **options,
         )  # fmt: skip
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    flat = target.reshape(-1).long()
-    weight = None if class_weight is None else class_weight.to(acc)
-    loss = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).to(acc), flat, weight,
-        reduction="none" if reduction == "none" else "sum", **options,
-    )  # fmt: skip
-    if reduction == "none":
-        return loss.view(target.shape).to(out_dtype)
-    row_weight = kept = flat != ignore_index
+    else:
+        loss = _torch_loss(flat.to(acc), y.long(), class_weight, reduction, **options)
+    return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
+
+
+# From how many logits on, which then do not stay in a CPU's caches.
+_CHUNKED_FROM = 2**21
+
+
+def _by_chunks(logits: torch.Tensor) -> bool:
+    """Whether loss and gradient are made in one go: on a CPU, where nothing compiles them."""
+    if logits.device.type != "cpu" or logits.numel() < _CHUNKED_FROM:
+        return False
+    trains = logits.requires_grad and torch.is_grad_enabled()
+    return trains and not (torch.compiler.is_compiling() or in_functorch() or in_transform())
+
+
+def _torch_loss(logits, target, class_weight, reduction, **options) -> torch.Tensor:
+    """torch's loss, but for the mean over nothing."""
+    weight = None if class_weight is None else class_weight.to(logits.dtype)
+    kept = target != options["ignore_index"]
+    if reduction == "mean" and weight is None and in_eager((logits, target)):
+        if logits.device.type == "cpu" and kept.any():
+            return F.cross_entropy(logits, target, **options)
+    if reduction != "mean":
+        return F.cross_entropy(logits, target, weight, reduction=reduction, **options)
     if weight is not None:
-        row_weight = torch.where(kept, weight[torch.where(kept, flat, 0)], 0.0)
-    return reference.reduce(loss, row_weight, reduction).to(out_dtype)
+        kept = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    loss = F.cross_entropy(logits, target, weight, reduction="sum", **options)
+    return reference.reduce(loss, kept, "mean")
 
 
 def _as_3d(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from fastlm.ops._check import (
     require_tensor,
 )
 from fastlm.ops._library import apply, contract
-from fastlm.ops._linear_loss import CompactLinearCrossEntropy
+from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
 from fastlm.ops.loss import check_loss, cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm
@@ -250,8 +250,8 @@ def _fused_masked_lm(x, labels, parameters, dtype, activation, eps, options):
         grad and t is not None and t.requires_grad for t in (y, decoder_weight, decoder_bias)
     )
     loss, *_ = apply(
-        CompactLinearCrossEntropy, y, decoder_weight, decoder_bias, label, None, dtype, numbers,
-        reduction, need,
+        LinearCrossEntropy, y, decoder_weight, decoder_bias, label, None, dtype, numbers, reduction,
+        need, "triton",
     )  # fmt: skip
     if reduction != "none" or not loss.numel():
         return loss

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.backends import Impl, choose, supports_all
+from fastlm.ops import _norm_cpu
 from fastlm.ops._check import (
     autocast_dtype,
     fail,
@@ -19,15 +20,8 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._library import apply, contract, cuda_contract, unwanted
-from fastlm.ops._norm_cpu import CpuNorm
 from fastlm.ops._rows import as_rows, in_shape, viewed_as
-from fastlm.ops._transforms import (
-    TRANSFORM_REFUSAL,
-    gradients,
-    in_create_graph,
-    in_functorch,
-    in_transform,
-)
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
 
 CASTINGS = ("torch", "llama", "gemma")
@@ -325,9 +319,8 @@ def _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype
     z = reference.add_residual(x, residual, dropout_p, seed)
     own = _own_on_cpu(z, kind)
     if own is not None:
-        y, *_ = apply(CpuNorm, z, weight, bias, eps, own, x.dtype, out_dtype)
+        y, *_ = apply(_norm_cpu.CpuNorm, z, weight, bias, eps, own, x.dtype, out_dtype)
         return y, z
-    # On CPU torch's layer_norm makes xhat as x * rstd - mean * rstd: noise in a row of one column.
     exact = x.is_cuda or (z.dtype not in _HALVES and z.shape[-1] > 1)
     if exact and all(t is None or t.dtype == out_dtype for t in (x, residual, weight, bias)):
         if kind == "layer":
@@ -343,9 +336,7 @@ _RMS_FROM = 2**17  # elements from which it is a matter of memory, not of the nu
 
 def _own_on_cpu(z: torch.Tensor, kind: str) -> str | None:
     """The kind of `CpuNorm` that is to normalise z, or None where it is torch or the reference."""
-    if z.device.type != "cpu" or z.dtype == torch.float64 or z.shape[-1] == 1:
-        return None
-    if torch.compiler.is_compiling() or in_transform() or in_functorch():
+    if not _norm_cpu.is_for(z):
         return None
     if kind == "layer":  # in fp32 torch's is 1.3 times as fast, if less exact over many rows
         return kind if z.dtype in _HALVES else None

@@ -1,0 +1,163 @@
+"""cross_entropy of large logits on a CPU: the torch backend makes loss and gradient at once."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.ops import _chunked_loss, _linear_loss
+from fastlm.ops import loss as loss_ops
+from fastlm.reference import loss as reference
+from fastlm.testing import LAYOUTS, check_against_reference, nan_filled_empty, randn, with_layout
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+OPTIONS = {
+    "class_weight": torch.float32, "ignore_index": 3, "label_smoothing": 0.1, "z_loss": 0.01,
+    "softcap": 2.0,
+}  # fmt: skip
+PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTIONS, 2)]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Blocks of 2 rows, for logits of any number; gives the shapes of the blocks that were made."""
+    monkeypatch.setattr(loss_ops, "_CHUNKED_FROM", 0)
+    monkeypatch.setattr(_chunked_loss, "_BLOCK", 48)
+    return count_blocks(monkeypatch)
+
+
+def count_blocks(monkeypatch) -> list:
+    shapes, block = [], _chunked_loss._block
+    monkeypatch.setattr(
+        _chunked_loss, "_block", lambda s, *rest: shapes.append(s.shape) or block(s, *rest)
+    )
+    return shapes
+
+
+def loss_inputs(rows, vocab, dtype, class_weight=None, ignore_index=-100) -> dict:
+    """Logits and targets, every third ignored."""
+    target = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1))
+    target[1::3] = ignore_index
+    inputs = {"logits": randn(rows, vocab, dtype=dtype, scale=3.0), "target": target}
+    if class_weight is not None:
+        inputs["class_weight"] = randn(vocab, seed=4).abs().to(class_weight)
+    return inputs
+
+
+def run_oracle(inputs, **options):
+    with nan_filled_empty():
+        check_against_reference(
+            fastlm.cross_entropy, reference.cross_entropy, inputs, frozen=("class_weight",),
+            **options,
+        )  # fmt: skip
+
+
+def gradients(inputs, **options):
+    logits = inputs["logits"].detach().requires_grad_()
+    loss = fastlm.cross_entropy(**{**inputs, "logits": logits}, **options)
+    return loss, *torch.autograd.grad(loss.sum(), logits)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_cross_entropy_options(dtype, names, reduction, chunks):
+    inputs = {n: OPTIONS[n] for n in names if n in ("class_weight", "ignore_index")}
+    options = {n: OPTIONS[n] for n in names if n not in inputs}
+    if "ignore_index" in names:
+        options["ignore_index"] = OPTIONS["ignore_index"]
+    run_oracle(loss_inputs(13, 19, dtype, **inputs), reduction=reduction, **options)
+    assert len(chunks) > 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (7, 200), (30, 3)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_cpu_cross_entropy_shapes(dtype, shape, chunks):
+    inputs = loss_inputs(*shape, dtype)
+    for reduction in REDUCTIONS:
+        run_oracle(inputs, reduction=reduction)
+    leading = {"logits": inputs["logits"][None], "target": inputs["target"][None].int()}
+    for a, e in zip(gradients(leading), gradients(inputs), strict=True):
+        assert torch.equal(a.flatten(), e.flatten())
+    assert chunks
+
+
+def test_cpu_cross_entropy_of_large_logits_alone(monkeypatch):
+    blocks = count_blocks(monkeypatch)
+    inputs = loss_inputs(40, 2**16, torch.float32)
+    run_oracle(inputs)
+    assert blocks and sum(rows for rows, _ in blocks) == 27
+    del blocks[:]
+    with torch.no_grad():
+        fastlm.cross_entropy(**inputs)
+    gradients(loss_inputs(40, 2**10, torch.float32))
+    assert not blocks
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cpu_cross_entropy_of_nothing_is_zero(reduction, chunks):
+    inputs = loss_inputs(6, 9, torch.float32)
+    inputs["target"].fill_(-100)
+    assert not any(t.any() for t in gradients(inputs, reduction=reduction))
+
+
+def test_cpu_cross_entropy_reads_no_ignored_row_and_writes_to_no_logits(chunks):
+    inputs = loss_inputs(13, 19, torch.float32)
+    expected = gradients(inputs)
+    inputs["logits"][1::3] = torch.nan
+    before = inputs["logits"].clone()
+    for a, e in zip(gradients(inputs, softcap=None), expected, strict=True):
+        assert torch.equal(a, e)
+    torch.testing.assert_close(inputs["logits"], before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("outside", [-1, 19])
+def test_cpu_cross_entropy_target_outside_raises(outside, chunks):
+    inputs = loss_inputs(6, 19, torch.float32)
+    inputs["target"][3] = outside
+    message = f"cross_entropy: target must be ignore_index or from 0 to 18, got {outside}"
+    with pytest.raises(IndexError, match=message):
+        gradients(inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cpu_cross_entropy_layouts(layout, chunks):
+    inputs = loss_inputs(8, 12, torch.float32)
+    if layout == "expanded":
+        inputs["logits"] = inputs["logits"][:1].repeat(8, 1)
+    expected = gradients(inputs)
+    inputs["logits"] = with_layout(inputs["logits"], layout)
+    for a, e in zip(gradients(inputs), expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cpu_cross_entropy_twice_and_derivatives_of_derivatives(reduction, chunks):
+    inputs = loss_inputs(8, 12, torch.float64)
+    logits = inputs["logits"].requires_grad_()
+    run = lambda x: fastlm.cross_entropy(x, inputs["target"], reduction=reduction)
+    loss = run(logits).sum()
+    (once,) = torch.autograd.grad(3.0 * loss, logits, retain_graph=True)
+    (again,) = torch.autograd.grad(3.0 * loss, logits)
+    torch.testing.assert_close(once, again)
+    assert torch.autograd.gradcheck(run, logits) and torch.autograd.gradgradcheck(run, logits)
+    assert chunks
+
+
+def test_cpu_cross_entropy_holds_one_tensor_of_the_logits_size(chunks):
+    """The gradient, which the forward makes; torch holds the log-softmax, and then it."""
+    inputs = loss_inputs(64, 1000, torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gradients(inputs)
+    size = inputs["logits"].numel() * 4
+    assert sum(e.self_cpu_memory_usage >= size for e in profile.events()) == 1
+
+
+def test_cpu_cross_entropy_by_chunks_is_not_for_transforms(chunks, monkeypatch):
+    inputs = loss_inputs(6, 24, torch.float32)
+    monkeypatch.setattr(_linear_loss, "_CALLS", None)
+    run = lambda x: fastlm.cross_entropy(x, inputs["target"])
+    torch.func.grad(run)(inputs["logits"])
+    torch.compile(run, backend="eager", fullgraph=True)(inputs["logits"].requires_grad_())
