@@ -1,17 +1,14 @@
-// What the two passes of a norm share: vectors of a row, whose dtype is a template parameter or
-// known at run time, sums over the threads of a row, and which threads have which columns.
+// What all kernels of a norm share: vectors of V elements of a row, whose dtype is a template
+// parameter or known at run time.
 //
-// A row belongs to `lanes` threads: a power of two up to a warp, or several warps. They take its
-// columns in vectors of V, thread by thread; a tile is as many as they take at once. Which element
-// a thread has depends on the width and on V alone, and V on the dtypes alone; products that are
-// added are written as fmaf, so that no compiler chooses. So a row has the same bits however many
-// there are, wherever they lie, and whichever template serves them.
+// Which element a thread has depends on the width and on V alone, and V on the dtypes alone;
+// products that are added are written as fmaf, so that no compiler chooses. So a row has the same
+// bits however many there are, wherever they lie, and whichever template serves them.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
-#include "arch/device.cuh"
 #include "common.cuh"
 #include "norm.h"
 
@@ -253,99 +250,12 @@ __device__ inline Vector<T, V> load_once(const RowTensor& x, int64_t at, int cou
   return result;
 }
 
-// The columns of one thread in tile after tile of a row: vector k of the tile from column `first`
-// on. Of rows with a single tile they are ints, which take half of the registers.
-template <int V>
-struct Columns {
-  int lanes, lane;
-
-  template <typename Index>
-  __device__ Index at(Index first, int k) const {
-    return first + (k * lanes + lane) * V;
-  }
-};
-
-// Bit V * k + i: whether dropout keeps element i of vector k of the tile.
-template <int V, int Items, typename Index>
-__device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t row,
-                                     Columns<V> columns, Index first) {
-  static_assert(Items <= 32 && V % 4 == 0);
-  uint32_t bits = 0;
-#pragma unroll 1
-  for (int i = 0; i < Items; i += 4) {
-    const Index group = (columns.at(first, i / V) + i % V) / 4;
-    const uint4 words =
-        philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0);
-    bits |= keep_four(words, threshold) << i;
-  }
-  return bits;
-}
-
-// Sums of each x over the `lanes` threads of a row; all threads of the block take part. `slots` is
-// shared memory for N floats a warp, which no thread may still be reading from an earlier sum.
-template <int N>
-__device__ inline void row_sum(float (&x)[N], int lanes, float* slots) {
-#pragma unroll 1
-  for (int mask = (lanes < kWarp ? lanes : kWarp) / 2; mask > 0; mask /= 2) {
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] += shuffle_xor(x[i], mask);
-  }
-  if (lanes <= kWarp) return;
-  const int warps = lanes / kWarp;
-  const int first = warp_id() / warps * warps;
-  if (lane_id() == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i++) slots[warp_id() * N + i] = x[i];
-  }
-  sync_block();
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    x[i] = warp_sum(lane_id() < warps ? slots[(first + lane_id()) * N + i] : 0.0f);
-  }
-}
-
-// The threads of a row of which each holds at most `items` columns.
-inline int lanes_of_row(int64_t cols, int items) {
-  const int threads = static_cast<int>(ceil_div<int64_t>(cols, items));
-  if (threads > kWarp) return ceil_div(threads, kWarp) * kWarp;
-  int lanes = 1;
-  while (lanes < threads) lanes *= 2;
-  return lanes;
-}
-
 // Whether all vectors of V elements of the rows of x can be accessed whole.
 inline bool is_aligned(const RowTensor& x, int64_t cols, int v) {
   if (x.ptr == nullptr) return true;
   const int bytes = v * element_size(x.dtype);
   return cols % v == 0 && x.stride % v == 0 &&
          reinterpret_cast<uintptr_t>(x.ptr) % (bytes < 16 ? bytes : 16) == 0;
-}
-
-// Wide rows are summed up segment by segment, and the sums of segments in order: by one block, or,
-// where rows are too few for the device, by a block for each segment in a first launch and by all
-// of them again in a second. Either way a row gets the same bits.
-constexpr int64_t kSegment = 16384;  // a multiple of the tiles
-enum class Phase { kAll, kSums, kResults };
-
-struct Segments {
-  int64_t row, begin, end;  // of segments
-
-  __device__ Segments(int64_t cols, int splits, Phase phase)
-      : row(blockIdx.x), begin(0), end(ceil_div(cols, kSegment)) {
-    if (phase == Phase::kAll) return;
-    row = blockIdx.x / splits;
-    begin = blockIdx.x % splits;
-    end = begin + 1;
-  }
-};
-
-// Calls launch(phase, blocks) once, or for the sums and then for the results.
-template <typename Launch>
-cudaError_t launch_phases(int64_t rows, int splits, const Launch& launch) {
-  const dim3 blocks(static_cast<unsigned>(rows * splits));
-  if (splits == 1) return launch(Phase::kAll, blocks);
-  const cudaError_t error = launch(Phase::kSums, blocks);
-  return error != cudaSuccess ? error : launch(Phase::kResults, blocks);
 }
 
 }  // namespace fastlm

@@ -104,10 +104,12 @@ struct Statistics {
 // each other. Columns that the row has not are zeros.
 template <typename DY, typename Z, int V, bool kWarps>
 __device__ inline void add_sums(float (&sums)[2], const Source<DY, Z, V, kWarps>& source,
-                                const ColumnCopies& weights, const Statistics& of) {
+                                const ColumnCopies& weights, const Statistics& of,
+                                const RowThread<V, kWarps>& me) {
   float parts[2][2] = {};
 #pragma unroll
   for (int k = 0; k < kRowItems / V; k++) {
+    if (me.ends_at(k)) break;
     float dy[V], z[V], weight[V];
     source.get(dy, z, k);
     weights.get(weight, k);
@@ -181,6 +183,7 @@ __device__ inline void finish_row(ColumnSums<V>* totals, const Source<DY, Z, V, 
   const int64_t first = row * call.cols + me.col;
 #pragma unroll
   for (int k = 0; k < kRowItems / V; k++) {
+    if (me.ends_at(k)) break;
     float dy[V], z[V], weight[V], dz[V];
     source.get(dy, z, k);
     add_columns(totals->dweight[k], totals->dbias[k], dy, z, of);
@@ -282,7 +285,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_bwd_kernel(NormBackward c
     next = Statistics(call, row + plan.step);
     source.wait(call, me, row);
     float sums[2];
-    add_sums(sums, source, weights, of);
+    add_sums(sums, source, weights, of, me);
     row_sum(sums, turns % 2 * 2);
     const RowMeans means(sums, of, plan.by_cols, call.kind == NormKind::kLayer);
     uint32_t keep = ~0u;

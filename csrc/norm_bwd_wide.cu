@@ -4,14 +4,14 @@
 // two launches): 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
 // columns, and read dy and z once more, 4 bytes; a group of rows leaves one fp32 row of sums.
 #include "norm_bwd.cuh"
+#include "norm_wide.cuh"
 
 namespace fastlm {
 namespace {
 
-constexpr int kWideBlock = 512;
 constexpr int kWideItems = 8;     // columns of a thread in a tile
 constexpr int kColumnsWarps = 8;  // of a block of norm_bwd_columns_kernel, each with its rows
-constexpr int kSlots = 2 * 32;    // of row_sum: two floats a warp
+constexpr int kSlots = 2 * kWideBlock / kWarp;  // of block_sum
 constexpr int64_t kColumnsRows = 64;  // of a group of rows at least, so that partials stay few
 
 // What is uniform over the call beside NormBackward.
@@ -41,9 +41,9 @@ __device__ inline void load_statistics(Incoming<DY, Z, V, Items>* in, const Norm
   in->rstd = valid ? call.rstd[row] : 0.0f;
 }
 
-template <typename DY, typename Z, int V, int Items, typename Index>
+template <typename DY, typename Z, int V, int Items>
 __device__ inline void load_vector(Incoming<DY, Z, V, Items>* in, int k, const NormBackward& call,
-                                   int64_t row, Index col, bool whole) {
+                                   int64_t row, int64_t col, bool whole) {
   const int count = row < call.rows ? columns_at<V>(col, call.cols, whole) : 0;
   in->dy[k] = Vector<DY, V>{};
   in->z[k] = Vector<Z, V>{};
@@ -52,9 +52,9 @@ __device__ inline void load_vector(Incoming<DY, Z, V, Items>* in, int k, const N
   in->z[k] = load_once<Z, V>(call.z, row * call.z.stride + col, count, whole);
 }
 
-template <typename DY, typename Z, int V, int Items, typename Index>
+template <typename DY, typename Z, int V, int Items>
 __device__ inline void load_incoming(Incoming<DY, Z, V, Items>* in, const NormBackward& call,
-                                     int64_t row, Columns<V> columns, Index first, bool whole) {
+                                     int64_t row, Columns<V> columns, int64_t first, bool whole) {
 #pragma unroll
   for (int k = 0; k < Items / V; k++) {
     load_vector(in, k, call, row, columns.at(first, k), whole);
@@ -63,8 +63,8 @@ __device__ inline void load_incoming(Incoming<DY, Z, V, Items>* in, const NormBa
 }
 
 // weight as fp32 factors of dy: 1 where there is none.
-template <int V, typename Index>
-__device__ inline void load_weight(float (&to)[V], const NormBackward& call, Index col,
+template <int V>
+__device__ inline void load_weight(float (&to)[V], const NormBackward& call, int64_t col,
                                    bool whole) {
   const int count = columns_at<V>(col, call.cols, whole);
   fill(to, 1.0f);
@@ -91,10 +91,10 @@ __device__ inline void add_sums(float (&sums)[2], const Incoming<DY, Z, V, Items
 }
 
 // dz and dx of vector k, from the row's mean(wdy) and mean(wdy * xhat).
-template <typename DY, typename Z, int V, int Items, typename Index>
+template <typename DY, typename Z, int V, int Items>
 __device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
                                     const float (&means)[2], const float (&weight)[V],
-                                    const NormBackward& call, int64_t row, Index col,
+                                    const NormBackward& call, int64_t row, int64_t col,
                                     uint32_t keep, bool whole) {
   const int count = columns_at<V>(col, call.cols, whole);
   if (row >= call.rows || count == 0) return;
@@ -145,12 +145,11 @@ __device__ inline void add_columns(float (&dweight)[V], float (&dbias)[V],
   }
 }
 
-template <int V, int Items, typename Index>
+template <int Items, int V>
 __device__ inline uint32_t keep_bits_of(const NormBackward& call, int64_t row, Columns<V> columns,
-                                        Index first) {
+                                        int64_t first) {
   if (call.dropout.seed == nullptr || call.dx.ptr == nullptr) return ~0u;
-  return keep_bits<V, Items>(static_cast<uint64_t>(*call.dropout.seed), call.dropout.threshold, row,
-                             columns, first);
+  return keep_bits<Items>(call.dropout, row, columns, first);
 }
 
 // A block's row of sums of the columns: its `groups` of threads, each with sums of its own in
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       }
     }
     sync_block();  // the slots are free again
-    row_sum(mine, kWideBlock, slots);
+    block_sum(mine, slots);
     sums[0] += mine[0];
     sums[1] += mine[1];
   }
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   const int64_t end = min(segments.end * kSegment, call.cols);
   for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
     if (!plan.keeps_shared) load_incoming(&in, call, row, columns, first, whole);
-    const uint32_t keep = keep_bits_of<V, kWideItems>(call, row, columns, first);
+    const uint32_t keep = keep_bits_of<kWideItems>(call, row, columns, first);
 #pragma unroll
     for (int k = 0; k < kVectors; k++) {
       const auto col = columns.at(first, k);
@@ -298,7 +297,7 @@ cudaError_t launch_wide(BackwardTypes<DY, Z, V>, const NormBackward& call, Plan 
     plan.keeps_shared =
         call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
     if (plan.keeps_shared) shared += row;
-    error = launch_phases(call.rows, call.splits, [&](Phase phase, dim3 blocks) {
+    error = launch_phases(call.rows, call.splits, call.rows, [&](Phase phase, dim3 blocks) {
       return launch(norm_bwd_wide_kernel<DY, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
                     phase);
     });

@@ -4,8 +4,9 @@
 // power of two below a warp or a few warps, kRowItems columns each at most. A thread copies the
 // vectors that it will itself work on, of as many next rows as shared memory has places for, so
 // that waiting for them takes no barrier, and the memory always has something to do: at 4 TB/s and
-// 700 ns a multiprocessor of 132 needs some 22 KB on their way at any time. Threads of a row meet
-// for its sums alone, those of different rows never, until the block ends.
+// 700 ns a multiprocessor of 132 needs some 22 KB on their way at any time, and one place of all
+// threads is 32 KB for each tensor of 2-byte elements. Threads of a row meet for its sums alone,
+// those of different rows never, until the block ends.
 //
 // Which columns a thread has depends on the width and on V alone, so a row's sums do.
 #pragma once
@@ -34,11 +35,11 @@ struct Quotient {
 
 // How a call is cut up, the same for all of its blocks.
 struct RowPlan {
-  int lanes;    // threads of a row
-  int part;     // columns of a warp, or of all lanes where they are fewer
-  int threads;  // of a block
+  int lanes;      // threads of a row
+  int part;       // columns of a warp, or of all lanes where they are fewer
+  int threads;    // of a block
   int blocks;
-  int step;  // rows that all blocks have at once
+  int step;       // rows that all blocks have at once
   int places;     // rows of a thread in shared memory
   int places_at;  // where they begin there, in floats
   bool aligned;   // for Any: the others are always
@@ -79,6 +80,12 @@ struct RowThread {
   __device__ int count(int k, int64_t cols, bool whole) const {
     if (k >= vectors) return 0;
     return whole ? V : min(V, static_cast<int>(cols) - at(k));
+  }
+
+  // Whether k is a thread's last vector and no thread has it: of halves, whose arithmetic takes more
+  // of the time, rows of 768 columns are worth a branch.
+  __device__ bool ends_at(int k) const {
+    return V == 8 && k == kVectors - 1 && plan.part <= k * apart();
   }
 
   // How many turns it takes; as many for all lanes of a warp.
@@ -180,7 +187,6 @@ template <typename T, int V, bool kWarps>
 struct Ring {
   static constexpr int kVectors = kRowItems / V;
   Vector<T, V>* mine;
-
   int threads;
 
   // Of all threads of the block, for `shared`.
@@ -335,7 +341,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t cols, int v, const RowNeeds& need
   if (left < int64_t{needs.any} * least * kRowItems || left < 0 || places(least) < 1) return plan;
 
   const int64_t each = ceil_div<int64_t>(rows, device.multiprocessors) * plan.lanes;
-  plan.threads = static_cast<int>(min(int64_t{kRowThreads / least}, ceil_div<int64_t>(each, least))) * least;
+  const int64_t teams = min(int64_t{kRowThreads / least}, ceil_div<int64_t>(each, least));
+  plan.threads = static_cast<int>(teams) * least;
   while (plan.threads > least && places(plan.threads) < 2) plan.threads -= least;
   plan.places = min(kMostPlaces, places(plan.threads));
   plan.blocks = static_cast<int>(min(int64_t{device.multiprocessors},

@@ -162,6 +162,21 @@ def test_norm_cuda_copies_each_element_once(cols, impl, device):
     assert simt_build.copied() == 3 * rows * cols * bytes_, "dy, z and dz"
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_norm_cuda_wide_rows_arrive_ahead(impl, device):
+    import simt_build
+
+    rows, cols = 4, 5 * 8192 + 8
+    x, weight = (randn(n, cols, dtype=BF16, device=device, seed=n) for n in (rows, 1))
+    expected = fastlm.layer_norm(misaligned(x), weight[0], impl=impl)
+    for mode in itertools.product(simt_build.COPIES, ["first", "last"]):
+        simt_build.configure(*mode)
+        simt_build.copied()
+        assert torch.equal(fastlm.layer_norm(x, weight[0], impl=impl), expected), mode
+        assert simt_build.copied() == rows * cols * 2
+
+
 @pytest.mark.parametrize("impl", ["cuda"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("cols", [40, 768, 1030])
