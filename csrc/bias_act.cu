@@ -260,8 +260,8 @@ cudaError_t bias_act_bwd(const BiasActBackward& backward, cudaStream_t stream) {
     });
   }
   if (error != cudaSuccess || backward.dbias == nullptr) return error;
-  return column_sum(backward.partials, backward.groups, call.cols, backward.dbias, call.bias_dtype,
-                    stream);
+  const ColumnSum sums[] = {{backward.partials, backward.dbias, call.bias_dtype}, {}};
+  return column_sums(sums, backward.groups, call.cols, stream);
 }
 
 }  // namespace fastlm

@@ -1,29 +1,39 @@
 // Sums of columns in a fixed order. A warp reads 128 bytes of a row; the warps of a block take the
-// rows in turn, eight loads of a thread on their way at once, and then add up what each has.
+// rows in turn, kUnroll loads of a thread on their way at once, and then add up what each has.
 #include "column_sum.h"
 
 #include "common.cuh"
-#include "dispatch.h"
 
 namespace fastlm {
 namespace {
 
 constexpr int kWarps = 16;
-constexpr int kUnroll = 8;
+constexpr int kUnroll = 9;  // a load each for as many rows as an H100 has multiprocessors
 
-template <typename T>
+__device__ inline void store(const ColumnSum& of, int64_t col, float sum) {
+  switch (of.dtype) {
+    case Dtype::kFloat32: static_cast<float*>(of.out)[col] = sum; break;
+    case Dtype::kFloat16: static_cast<__half*>(of.out)[col] = from_float<__half>(sum); break;
+    case Dtype::kBFloat16:
+      static_cast<__nv_bfloat16*>(of.out)[col] = from_float<__nv_bfloat16>(sum);
+      break;
+  }
+}
+
 __global__ void __launch_bounds__(kWarps* kWarp)
-    column_sum_kernel(const float* partials, int64_t rows, int64_t cols, T* out) {
+    column_sums_kernel(ColumnSum first, ColumnSum second, int64_t rows, int64_t cols) {
   float* sums = shared_memory<float>();  // [kWarps][kWarp]
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kWarp + lane_id();
+  const int64_t blocks = ceil_div<int64_t>(cols, kWarp);
+  const ColumnSum of = blockIdx.x < blocks ? first : second;
+  const int64_t col = blockIdx.x % blocks * kWarp + lane_id();
   float sum = 0.0f;
   if (col < cols) {
-    for (int64_t first = warp_id(); first < rows; first += kUnroll * kWarps) {
+    for (int64_t begin = warp_id(); begin < rows; begin += kUnroll * kWarps) {
       float part[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; i++) {
-        const int64_t row = first + i * kWarps;
-        part[i] = row < rows ? partials[row * cols + col] : 0.0f;
+        const int64_t row = begin + i * kWarps;
+        part[i] = row < rows ? of.partials[row * cols + col] : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; i++) sum += part[i];
@@ -35,26 +45,19 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; warp++) total += sums[warp * kWarp + lane_id()];
-    out[col] = from_float<T>(total);
+    store(of, col, total);
   }
-}
-
-template <typename T>
-cudaError_t launch_column_sum(const float* partials, int64_t rows, int64_t cols, void* out,
-                              cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(cols, kWarp)));
-  return launch(column_sum_kernel<T>, grid, kWarps * kWarp, kWarps * kWarp * sizeof(float), stream,
-                partials, rows, cols, static_cast<T*>(out));
 }
 
 }  // namespace
 
-cudaError_t column_sum(const float* partials, int64_t rows, int64_t cols, void* out, Dtype dtype,
-                       cudaStream_t stream) {
-  if (cols == 0) return cudaSuccess;
-  return with_dtype(dtype, [&](auto type) {
-    return launch_column_sum<typename decltype(type)::type>(partials, rows, cols, out, stream);
-  });
+cudaError_t column_sums(const ColumnSum (&sums)[2], int64_t rows, int64_t cols,
+                        cudaStream_t stream) {
+  const int wanted = (sums[0].out != nullptr) + (sums[1].out != nullptr);
+  if (cols == 0 || wanted == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(cols, kWarp) * wanted));
+  return launch(column_sums_kernel, grid, kWarps * kWarp, kWarps * kWarp * sizeof(float), stream,
+                sums[0].out != nullptr ? sums[0] : sums[1], sums[1], rows, cols);
 }
 
 }  // namespace fastlm

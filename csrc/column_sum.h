@@ -9,9 +9,16 @@
 
 namespace fastlm {
 
-// out[col] = the sum of partials[:, col], of which there may be none; partials (rows, cols) is
-// contiguous. The order of the sums depends on the shape alone.
-cudaError_t column_sum(const float* partials, int64_t rows, int64_t cols, void* out, Dtype dtype,
-                       cudaStream_t stream);
+// out[col] = the sum of partials[:, col], a contiguous (rows, cols) of which there may be no rows.
+// Without `out` nothing is wanted.
+struct ColumnSum {
+  const float* partials;
+  void* out;
+  Dtype dtype;
+};
+
+// Both in one launch. The order of the sums depends on the shape alone.
+cudaError_t column_sums(const ColumnSum (&sums)[2], int64_t rows, int64_t cols,
+                        cudaStream_t stream);
 
 }  // namespace fastlm

@@ -1,17 +1,14 @@
-// What the two passes of a norm share: vectors of a row, whose dtype is a template parameter or
-// known at run time, sums over the threads of a row, and which threads have which columns.
+// What all kernels of a norm share: vectors of V elements of a row, whose dtype is a template
+// parameter or known at run time.
 //
-// A row belongs to `lanes` threads: a power of two up to a warp, or several warps. They take its
-// columns in vectors of V, thread by thread; a tile is as many as they take at once. Which element
-// a thread has depends on the width and on V alone, and V on the dtypes alone; products that are
-// added are written as fmaf, so that no compiler chooses. So a row has the same bits however many
-// there are, wherever they lie, and whichever template serves them.
+// Which element a thread has depends on the width and on V alone, and V on the dtypes alone;
+// products that are added are written as fmaf, so that no compiler chooses. So a row has the same
+// bits however many there are, wherever they lie, and whichever template serves them.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
-#include "arch/device.cuh"
 #include "common.cuh"
 #include "norm.h"
 
@@ -37,7 +34,15 @@ struct PairOf<__nv_bfloat16> {
 
 __device__ inline float2 to_floats(float2 x) { return x; }
 __device__ inline float2 to_floats(__half2 x) { return __half22float2(x); }
-__device__ inline float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+// bf16 is the upper half of fp32: one instruction each, where CUDA's own takes three for two.
+__device__ inline float2 to_floats(__nv_bfloat162 x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t parts[2] = {bits << 16, bits & 0xffff0000u};
+  float2 pair;
+  memcpy(&pair, parts, 8);
+  return pair;
+}
 
 __device__ inline void from_floats(float2* to, float a, float b) { *to = float2{a, b}; }
 __device__ inline void from_floats(__half2* to, float a, float b) {
@@ -78,8 +83,9 @@ __device__ inline void unpack(float (&to)[V], const Vector<T, V>& x) {
 #pragma unroll
     for (int i = 0; i < V; i++) to[i] = x.at[i];
   } else {
+    const auto words = x.words;  // memcpy from memory that x may be in goes byte by byte
     typename PairOf<T>::type pairs[V / 2];
-    memcpy(static_cast<void*>(pairs), &x, sizeof(x));
+    memcpy(static_cast<void*>(pairs), &words, sizeof(words));
 #pragma unroll
     for (int i = 0; i < V / 2; i++) {
       const float2 pair = to_floats(pairs[i]);
@@ -98,7 +104,9 @@ __device__ inline void pack(Vector<T, V>* to, const float (&x)[V]) {
     typename PairOf<T>::type pairs[V / 2];
 #pragma unroll
     for (int i = 0; i < V / 2; i++) from_floats(&pairs[i], x[2 * i], x[2 * i + 1]);
-    memcpy(to, pairs, sizeof(*to));
+    decltype(to->words) words;
+    memcpy(&words, pairs, sizeof(words));
+    to->words = words;
   }
 }
 
@@ -106,6 +114,14 @@ template <int V>
 __device__ inline void fill(float (&x)[V], float value) {
 #pragma unroll
   for (int i = 0; i < V; i++) x[i] = value;
+}
+
+// Of x what the bits of `keep` say.
+template <int V>
+__device__ inline void drop(float (&x)[V], uint32_t keep, const Dropout& dropout) {
+  if (dropout.seed == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < V; i++) x[i] = keep >> i & 1 ? x[i] * dropout.scale : 0.0f;
 }
 
 __device__ inline float rounded(float x, Dtype dtype) {
@@ -116,6 +132,19 @@ __device__ inline float rounded(float x, Dtype dtype) {
       return to_float(from_float<__nv_bfloat16>(x));
     default:
       return x;
+  }
+}
+
+// All of x, by T where that is no Any.
+template <typename T, int V>
+__device__ inline void round_as(float (&x)[V], Dtype dtype) {
+  if constexpr (std::is_same_v<T, Any>) {
+#pragma unroll
+    for (int i = 0; i < V; i++) x[i] = rounded(x[i], dtype);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    Vector<T, V> vector;
+    pack(&vector, x);
+    unpack(x, vector);
   }
 }
 
@@ -193,6 +222,19 @@ __device__ inline void store_floats(const RowTensor& to, int64_t at, const float
   }
 }
 
+// The same in a kernel of T, which knows tensors of T and of floats.
+template <typename T, int V>
+__device__ inline void store_known(const RowTensor& to, int64_t at, const float (&x)[V], int count,
+                                   bool aligned) {
+  if constexpr (std::is_same_v<T, Any>) {
+    store_floats<true>(to, at, x, count, aligned);
+  } else if (std::is_same_v<T, float> || to.dtype == Dtype::kFloat32) {
+    store_floats_of<false>(static_cast<float*>(to.ptr) + at, x, count, aligned);
+  } else {
+    store_floats_of<false>(static_cast<T*>(to.ptr) + at, x, count, aligned);
+  }
+}
+
 // V elements of x from element `at` on, as they are; x is not read again.
 template <typename T, int V>
 __device__ inline Vector<T, V> load_once(const RowTensor& x, int64_t at, int count,
@@ -208,99 +250,12 @@ __device__ inline Vector<T, V> load_once(const RowTensor& x, int64_t at, int cou
   return result;
 }
 
-// The columns of one thread in tile after tile of a row: vector k of the tile from column `first`
-// on. Of rows with a single tile they are ints, which take half of the registers.
-template <int V>
-struct Columns {
-  int lanes, lane;
-
-  template <typename Index>
-  __device__ Index at(Index first, int k) const {
-    return first + (k * lanes + lane) * V;
-  }
-};
-
-// Bit V * k + i: whether dropout keeps element i of vector k of the tile.
-template <int V, int Items, typename Index>
-__device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, int64_t row,
-                                     Columns<V> columns, Index first) {
-  static_assert(Items <= 32 && V % 4 == 0);
-  uint32_t bits = 0;
-#pragma unroll 1
-  for (int i = 0; i < Items; i += 4) {
-    const Index group = (columns.at(first, i / V) + i % V) / 4;
-    const uint4 words =
-        philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0);
-    bits |= keep_four(words, threshold) << i;
-  }
-  return bits;
-}
-
-// Sums of each x over the `lanes` threads of a row; all threads of the block take part. `slots` is
-// shared memory for N floats a warp, which no thread may still be reading from an earlier sum.
-template <int N>
-__device__ inline void row_sum(float (&x)[N], int lanes, float* slots) {
-#pragma unroll 1
-  for (int mask = (lanes < kWarp ? lanes : kWarp) / 2; mask > 0; mask /= 2) {
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] += shuffle_xor(x[i], mask);
-  }
-  if (lanes <= kWarp) return;
-  const int warps = lanes / kWarp;
-  const int first = warp_id() / warps * warps;
-  if (lane_id() == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i++) slots[warp_id() * N + i] = x[i];
-  }
-  sync_block();
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    x[i] = warp_sum(lane_id() < warps ? slots[(first + lane_id()) * N + i] : 0.0f);
-  }
-}
-
-// The threads of a row of which each holds at most `items` columns.
-inline int lanes_of_row(int64_t cols, int items) {
-  const int threads = static_cast<int>(ceil_div<int64_t>(cols, items));
-  if (threads > kWarp) return ceil_div(threads, kWarp) * kWarp;
-  int lanes = 1;
-  while (lanes < threads) lanes *= 2;
-  return lanes;
-}
-
 // Whether all vectors of V elements of the rows of x can be accessed whole.
 inline bool is_aligned(const RowTensor& x, int64_t cols, int v) {
   if (x.ptr == nullptr) return true;
   const int bytes = v * element_size(x.dtype);
   return cols % v == 0 && x.stride % v == 0 &&
          reinterpret_cast<uintptr_t>(x.ptr) % (bytes < 16 ? bytes : 16) == 0;
-}
-
-// Wide rows are summed up segment by segment, and the sums of segments in order: by one block, or,
-// where rows are too few for the device, by a block for each segment in a first launch and by all
-// of them again in a second. Either way a row gets the same bits.
-constexpr int64_t kSegment = 16384;  // a multiple of the tiles
-enum class Phase { kAll, kSums, kResults };
-
-struct Segments {
-  int64_t row, begin, end;  // of segments
-
-  __device__ Segments(int64_t cols, int splits, Phase phase)
-      : row(blockIdx.x), begin(0), end(ceil_div(cols, kSegment)) {
-    if (phase == Phase::kAll) return;
-    row = blockIdx.x / splits;
-    begin = blockIdx.x % splits;
-    end = begin + 1;
-  }
-};
-
-// Calls launch(phase, blocks) once, or for the sums and then for the results.
-template <typename Launch>
-cudaError_t launch_phases(int64_t rows, int splits, const Launch& launch) {
-  const dim3 blocks(static_cast<unsigned>(rows * splits));
-  if (splits == 1) return launch(Phase::kAll, blocks);
-  const cudaError_t error = launch(Phase::kSums, blocks);
-  return error != cudaSuccess ? error : launch(Phase::kResults, blocks);
 }
 
 }  // namespace fastlm

@@ -53,8 +53,9 @@ cudaError_t norm_splits(int64_t rows, int64_t cols, int* splits);
 
 cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream);
 
-// How many groups of rows the current device's backward adds up by itself.
-cudaError_t norm_bwd_partials(int64_t rows, int64_t cols, int* partials);
+// How many groups of rows the current device's backward adds up by itself, in a call that has its
+// tensors, rows and cols.
+cudaError_t norm_bwd_partials(const NormBackward& call, int* partials);
 cudaError_t norm_bwd(const NormBackward& call, cudaStream_t stream);
 
 }  // namespace fastlm

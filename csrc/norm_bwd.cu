@@ -3,312 +3,364 @@
 //   dz = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + dz_in;   dx = dropout(dz)
 //   dweight = sum_rows(dy * xhat);   dbias = sum_rows(dy)
 //
-// RMSNorm drops the mean(wdy) term. As many blocks as the device holds go over the rows. A thread
-// keeps its columns: their sums of dweight and dbias stay in registers, their weight in shared
-// memory as fp32, and next rows are on their way there while this one is worked on. dy and z are
-// read once, dz and dx written once: of 2-byte elements 6 bytes an element, 8 with dz_in, and 2
-// more where dx is not dz. Each block leaves one fp32 row of sums, which column_sum adds up in
-// order. Rows wider than kWidest are norm_bwd_wide.cu's.
+// RMSNorm drops the mean(wdy) term. A thread keeps the sums of its columns of dweight and dbias in
+// registers; dy, z and dz_in wait in shared memory from their copy to the end of the row, so each
+// tensor is read or written once: of 2-byte elements 6 bytes an element, 8 with dz_in, and 2 more
+// where dx is not dz. weight lies in shared memory as fp32. A block leaves one fp32 row of sums,
+// which column_sums adds up in order. Rows for which a block has no room are norm_bwd_wide.cu's.
 #include "column_sum.h"
 #include "norm_bwd.cuh"
+#include "norm_rows.cuh"
 
 namespace fastlm {
 namespace {
 
-using Plan = NormBackwardPlan;
+template <typename DY, typename Z, int V, bool kWarps>
+struct Source {
+  Ring<DY, V, kWarps> dy;
+  Ring<Z, V, kWarps> z, dz_in;
+  int place = 0;
 
-constexpr int kItems = 8;          // columns of a thread
-constexpr int kNarrowBlock = 256;  // threads where a row has fewer
-constexpr int kWidest = kItems * 1024;
-constexpr int kThreadsResident = 1024;  // of a multiprocessor, by their registers
-constexpr int kSlots = 2 * 32;          // of row_sum: two floats a warp
-
-// How many rows norm_bwd_kernel has in shared memory at least, the next one arriving while it works
-// on this one: none where vectors have fewer than 16 bytes. With a single place the next row comes
-// after the sums of this one, vector by vector as that makes room. Two places are a ring, of
-// kMostPlaces where the multiprocessor has room for that: three rows are then on their way.
-template <typename DY, typename Z>
-constexpr int kPlaces = !std::is_same_v<DY, Z> || std::is_same_v<Z, Any> ? 0
-                        : sizeof(Z) == 2                                 ? 2
-                                                                         : 1;
-constexpr int kMostPlaces = 4;
-
-// Whether it holds the row in registers while the row's sums are made; else it reads it again.
-template <typename DY, typename Z>
-constexpr bool kHoldsRow = kPlaces<DY, Z> == 0 && !std::is_same_v<Z, Any>;
-
-// Vector k of the columns among fp32 copies in shared memory: four columns of all lanes, then the
-// next four, so that lanes next to each other are at addresses next to each other.
-template <int V>
-__device__ inline void remember(Vector<float, 4>* copies, const float (&x)[V], Columns<V> columns,
-                                int k) {
-#pragma unroll
-  for (int i = 0; i < V; i += 4) {
-    const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-    pack(&copies[(k * V + i) / 4 * columns.lanes + columns.lane], four);
-  }
-}
-
-template <int V>
-__device__ inline void recall(float (&x)[V], const Vector<float, 4>* copies, Columns<V> columns,
-                              int k) {
-#pragma unroll
-  for (int i = 0; i < V; i += 4) {
-    float four[4];
-    unpack(four, copies[(k * V + i) / 4 * columns.lanes + columns.lane]);
-#pragma unroll
-    for (int j = 0; j < 4; j++) x[i + j] = four[j];
-  }
-}
-
-// What a thread adds up over its rows, of its own columns: in registers, or of Any, for which they
-// do not suffice, in places of its own in shared memory.
-template <int V, bool kShared>
-struct ColumnSums {
-  static constexpr int kVectors = kItems / V;
-  float dweight[kVectors][V] = {}, dbias[kVectors][V] = {};
-  Columns<V> own;
-  Vector<float, 4>*shared_dweight, *shared_dbias;
-
-  __device__ ColumnSums(Columns<V> own, float* shared) : own(own) {
-    shared_dweight = reinterpret_cast<Vector<float, 4>*>(shared);
-    shared_dbias = shared_dweight + kItems / 4 * own.lanes;
-#pragma unroll
-    for (int k = 0; k < kVectors; k++) leave(k);
+  __device__ Source(const NormBackward& call, const RowThread<V, kWarps>& me, char* shared)
+      : dy(shared, me),
+        z(shared + dy.bytes(me.plan), me),
+        dz_in(shared + dy.bytes(me.plan) + z.bytes(me.plan), me) {
+    for (int64_t i = 0; i < me.plan.places; i++) begin(call, me, me.row + i * me.plan.step, i);
+    dy.clear(me);
+    z.clear(me);
+    if (call.dz_in.ptr != nullptr) dz_in.clear(me);
   }
 
-  template <typename In>
-  __device__ void add(const In& in, int k, const NormBackward& call) {
-    take(k);
-    add_columns(dweight[k], dbias[k], in, k, call);
-    leave(k);
-  }
-
-  __device__ void take(int k) {
-    if constexpr (kShared) {
-      recall(dweight[k], shared_dweight, own, k);
-      recall(dbias[k], shared_dbias, own, k);
-    }
-  }
-
-  __device__ void leave(int k) {
-    if constexpr (kShared) {
-      remember(shared_dweight, dweight[k], own, k);
-      remember(shared_dbias, dbias[k], own, k);
-    }
-  }
-};
-
-// Where a thread has its vectors of a row from: places of its own in shared memory, vectors of dy,
-// then of z, or the tensors themselves.
-template <typename DY, typename Z, int V>
-struct RowSource {
-  const NormBackward& call;
-  Columns<V> columns, own;
-  Vector<Z, V>* places;
-  bool whole;
-
-  __device__ void begin_copy(int64_t row, int k, int place) const {
-    const int col = columns.at(0, k);
-    const bool valid = row < call.rows && col < call.cols;
-    const int64_t dy_at = valid ? row * call.dy.stride + col : 0;
-    const int64_t z_at = valid ? row * call.z.stride + col : 0;
-    Vector<Z, V>* to = places + (place * 2 * kItems / V + k) * own.lanes + own.lane;
-    copy_async_16(to, static_cast<const DY*>(call.dy.ptr) + dy_at, valid);
-    copy_async_16(to + kItems / V * own.lanes, static_cast<const Z*>(call.z.ptr) + z_at, valid);
-  }
-
-  // A group without a copy where there is no `more`: whoever waits counts groups.
-  __device__ void begin_row(int64_t row, int place, bool more) const {
-    if (more) {
-#pragma unroll
-      for (int k = 0; k < kItems / V; k++) begin_copy(row, k, place);
-    }
+  __device__ void begin(const NormBackward& call, const RowThread<V, kWarps>& me, int64_t row,
+                        int into) const {
+    dy.begin(into, call.dy, row, call.rows, me);
+    z.begin(into, call.z, row, call.rows, me);
+    if (call.dz_in.ptr != nullptr) dz_in.begin(into, call.dz_in, row, call.rows, me);
     copy_async_commit();
   }
 
-  __device__ void fetch(Incoming<DY, Z, V, kItems>* in, int64_t row, int k, int place) const {
-    if constexpr (kPlaces<DY, Z> > 0) {
-      const Vector<Z, V>* from = places + (place * 2 * kItems / V + k) * own.lanes + own.lane;
-      in->dy[k] = from[0];
-      in->z[k] = from[kItems / V * own.lanes];
-    } else {
-      load_vector(in, k, call, row, columns.at(0, k), whole);
-    }
+  __device__ void wait(const NormBackward&, const RowThread<V, kWarps>& me, int64_t) const {
+    wait_for_row(me.plan.places);
+  }
+
+  // Nobody needs `row` there any more.
+  __device__ void free(const NormBackward& call, const RowThread<V, kWarps>& me, int64_t row) {
+    begin(call, me, row + int64_t{me.plan.places} * me.plan.step, place);
+    place = place + 1 == me.plan.places ? 0 : place + 1;
+  }
+
+  __device__ void get(float (&to_dy)[V], float (&to_z)[V], int k) const {
+    unpack(to_dy, *dy.at(place, k));
+    unpack(to_z, *z.at(place, k));
   }
 };
 
-// Rows that fit into registers: `lanes` threads each, as many rows at once as the block has room
-// for, and on to the next ones a grid further.
-template <typename DY, typename Z, int V>
-__global__ void __launch_bounds__(1024) norm_bwd_kernel(NormBackward call, Plan plan) {
-  constexpr int kVectors = kItems / V, kRowPlaces = kPlaces<DY, Z>;
-  constexpr bool kHolds = kHoldsRow<DY, Z>;
-  const bool whole = is_whole<Z>(plan);
-  const int groups = static_cast<int>(blockDim.x) / plan.lanes;
-  const int group = static_cast<int>(threadIdx.x) / plan.lanes;
-  const Columns<V> columns{plan.lanes, static_cast<int>(threadIdx.x) % plan.lanes};
-  const Columns<V> own{static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x)};
-  float* slots = shared_memory<float>();
-  Vector<float, 4>* weights = reinterpret_cast<Vector<float, 4>*>(slots + 2 * kSlots);
-  float* scratch = slots + 2 * kSlots + plan.lanes * kItems;
-  float* mine = scratch + plan.scratch;  // of each thread
+// Of Any the row comes when its turn is there, as floats.
+template <int V, bool kWarps>
+struct Source<Any, Any, V, kWarps> {
+  Vector<Any, V>*dy, *z;
 
-  if (group == 0) {  // for the threads of all rows
+  __device__ Source(const NormBackward&, const RowThread<V, kWarps>& me, char* shared)
+      : dy(own_vectors<Vector<Any, V>>(shared, static_cast<int>(threadIdx.x), kRowItems / V)),
+        z(dy + me.plan.threads * (kRowItems / V)) {}
+
+  __device__ void wait(const NormBackward& call, const RowThread<V, kWarps>& me,
+                       int64_t row) const {
+    const bool whole = me.plan.aligned;
+#pragma unroll 1
+    for (int k = 0; k < kRowItems / V; k++) {
+      float x[V], y[V];
+      fill(x, 0.0f);
+      fill(y, 0.0f);
+      const int count = row < call.rows ? me.count(k, call.cols, whole) : 0;
+      if (count > 0) {
+        load_floats(x, call.dy, row * call.dy.stride + me.at(k), count, whole);
+        load_floats(y, call.z, row * call.z.stride + me.at(k), count, whole);
+      }
+      pack(&dy[k * kWarp], x);
+      pack(&z[k * kWarp], y);
+    }
+  }
+
+  __device__ void free(const NormBackward&, const RowThread<V, kWarps>&, int64_t) const {}
+
+  __device__ void get(float (&to_dy)[V], float (&to_z)[V], int k) const {
+    unpack(to_dy, dy[k * kWarp]);
+    unpack(to_z, z[k * kWarp]);
+  }
+};
+
+struct Statistics {
+  float mean, rstd;
+
+  __device__ Statistics(const NormBackward& call, int64_t row) {
+    const bool valid = row < call.rows;
+    mean = valid && call.kind == NormKind::kLayer ? call.mean[row] : 0.0f;
+    rstd = valid ? call.rstd[row] : 0.0f;
+  }
+};
+
+// This thread's part of sum(wdy) and sum(wdy * (z - mean)); two sums each, which do not wait for
+// each other. Columns that the row has not are zeros.
+template <typename DY, typename Z, int V, bool kWarps>
+__device__ inline void add_sums(float (&sums)[2], const Source<DY, Z, V, kWarps>& source,
+                                const ColumnCopies& weights, const Statistics& of,
+                                const RowThread<V, kWarps>& me) {
+  float parts[2][2] = {};
 #pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      float weight[V];
-      load_weight(weight, call, columns.at(0, k), whole);
-      remember(weights, weight, columns, k);
+  for (int k = 0; k < kRowItems / V; k++) {
+    if (me.ends_at(k)) break;
+    float dy[V], z[V], weight[V];
+    source.get(dy, z, k);
+    weights.get(weight, k);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      parts[0][i % 2] = fmaf(dy[i], weight[i], parts[0][i % 2]);
+      parts[1][i % 2] = fmaf(dy[i] * weight[i], z[i] - of.mean, parts[1][i % 2]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) sums[i] = parts[i][0] + parts[i][1];
+}
+
+// Sums of a thread's columns.
+template <int V>
+struct ColumnSums {
+  float dweight[kRowItems / V][V] = {}, dbias[kRowItems / V][V] = {};
+};
+
+template <int V>
+__device__ inline void add_columns(float (&dweight)[V], float (&dbias)[V], const float (&dy)[V],
+                                   const float (&z)[V], const Statistics& of) {
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    dweight[i] = fmaf(dy[i], (z[i] - of.mean) * of.rstd, dweight[i]);
+    dbias[i] += dy[i];
+  }
+}
+
+// mean(wdy), 0 where the norm has no mean, and mean(wdy * xhat).
+struct RowMeans {
+  float wdy, wdy_xhat;
+
+  __device__ RowMeans(const float (&sums)[2], const Statistics& of, const Quotient& by_cols,
+                      bool has_mean)
+      : wdy(has_mean ? by_cols(sums[0]) : 0.0f), wdy_xhat(by_cols(sums[1] * of.rstd)) {}
+};
+
+// dz of a vector, in the place of dz_in.
+template <int V>
+__device__ inline void add_dz(float (&dz)[V], const float (&dy)[V], const float (&z)[V],
+                              const float (&weight)[V], const RowMeans& means,
+                              const Statistics& of) {
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    const float xhat = (z[i] - of.mean) * of.rstd;
+    // In this order nothing is left of a row of one column.
+    const float rest = fmaf(-xhat, means.wdy_xhat, dy[i] * weight[i]) - means.wdy;
+    dz[i] = fmaf(rest, of.rstd, dz[i]);
+  }
+}
+
+// Writes a vector of dz and dx.
+template <typename T, int V>
+__device__ inline void store_gradients(float (&dz)[V], const NormBackward& call, int64_t at,
+                                       uint32_t keep, int count, bool whole) {
+  if (call.dz.ptr != nullptr) store_known<T>(call.dz, at, dz, count, whole);
+  if (call.dx.ptr == nullptr) return;
+  drop(dz, keep, call.dropout);
+  store_known<T>(call.dx, at, dz, count, whole);
+}
+
+// The second half of a row's work: the sums of the columns, dz and dx.
+template <typename DY, typename Z, int V, bool kWarps>
+__device__ inline void finish_row(ColumnSums<V>* totals, const Source<DY, Z, V, kWarps>& source,
+                                  const ColumnCopies& weights, const RowMeans& means,
+                                  const Statistics& of, const NormBackward& call,
+                                  const RowThread<V, kWarps>& me, int64_t row, uint32_t keep) {
+  // Of DY and Z the half one, if there is one: results are of that dtype or floats.
+  using T = std::conditional_t<std::is_same_v<DY, float>, Z, DY>;
+  const int64_t first = row * call.cols + me.col;
+#pragma unroll
+  for (int k = 0; k < kRowItems / V; k++) {
+    if (me.ends_at(k)) break;
+    float dy[V], z[V], weight[V], dz[V];
+    source.get(dy, z, k);
+    add_columns(totals->dweight[k], totals->dbias[k], dy, z, of);
+    weights.get(weight, k);
+    fill(dz, 0.0f);
+    if (call.dz_in.ptr != nullptr) unpack(dz, *source.dz_in.at(source.place, k));
+    add_dz(dz, dy, z, weight, means, of);
+    if (k < me.vectors && row < call.rows) {
+      store_gradients<T>(dz, call, first + k * me.apart(), keep >> V * k, V, true);
+    }
+  }
+}
+
+// Of Any with a loop of its own for what depends on dtypes: code for all of them is long.
+template <int V, bool kWarps>
+__device__ inline void finish_row(ColumnSums<V>* totals, const Source<Any, Any, V, kWarps>& source,
+                                  const ColumnCopies& weights, const RowMeans& means,
+                                  const Statistics& of, const NormBackward& call,
+                                  const RowThread<V, kWarps>& me, int64_t row, uint32_t keep) {
+  const bool whole = me.plan.aligned;
+  float dy[V], z[V], weight[V], dz[V];
+#pragma unroll
+  for (int k = 0; k < kRowItems / V; k++) {
+    source.get(dy, z, k);
+    add_columns(totals->dweight[k], totals->dbias[k], dy, z, of);
+  }
+#pragma unroll 1
+  for (int k = 0; k < me.vectors && row < call.rows; k++) {
+    source.get(dy, z, k);
+    weights.get(weight, k);
+    fill(dz, 0.0f);
+    const int count = me.count(k, call.cols, whole);
+    if (call.dz_in.ptr != nullptr) {
+      load_floats(dz, call.dz_in, row * call.dz_in.stride + me.at(k), count, whole);
+    }
+    add_dz(dz, dy, z, weight, means, of);
+    store_gradients<Any>(dz, call, row * call.cols + me.at(k), keep >> V * k, count, whole);
+  }
+}
+
+// A block's row of sums of the columns, from those of its threads, in the order of their rows.
+// `scratch` is shared memory for all of them, and free.
+template <int V, bool kWarps>
+__device__ inline void store_partial(float* partial, const float (&mine)[kRowItems / V][V],
+                                     const RowThread<V, kWarps>& me, int64_t cols,
+                                     Vector<float, 4>* scratch) {
+  const int threads = me.plan.threads, lanes = me.plan.lanes;
+  int thread = static_cast<int>(threadIdx.x);
+  forget(thread);  // what follows from it takes no registers before
+#pragma unroll
+  for (int k = 0; k < kRowItems / V; k++) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      const float four[4] = {mine[k][i], mine[k][i + 1], mine[k][i + 2], mine[k][i + 3]};
+      pack(&scratch[(k * V + i) / 4 * threads + thread], four);
     }
   }
   sync_block();
-  ColumnSums<V, std::is_same_v<Z, Any>> totals(own, mine);
-  const RowSource<DY, Z, V> source{call, columns, own, reinterpret_cast<Vector<Z, V>*>(mine),
-                                   whole};
-  const int64_t step = static_cast<int64_t>(gridDim.x) * groups;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * groups;
-  int64_t row = first + group;
-  // As many turns for all of the block, which meets in the sum.
-  int left = static_cast<int>(ceil_div(call.rows - first, step));
-  Incoming<DY, Z, V, kItems> in, next;
-  const int ahead = kRowPlaces == 2 ? plan.places - 1 : 1;  // rows on their way
-  if constexpr (kRowPlaces > 0) {
-    load_statistics(&next, call, row);
-    for (int i = 0; i < ahead; i++) {
-      source.begin_row(row + i * step, kRowPlaces == 2 ? (left - i) & ahead : 0, i < left);
+  for (int place = thread; place < lanes * (kRowItems / 4); place += threads) {
+    const int lane = place % lanes, item = place / lanes * 4;
+    float sums[4] = {};
+    for (int other = lane; other < threads; other += lanes) {
+      float four[4];
+      unpack(four, scratch[item / 4 * threads + other]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[i] += four[i];
+    }
+    const int within = (kWarps ? lane % kWarp : lane) * V + item / V * me.apart() + item % V;
+    const int col = within + (kWarps ? lane / kWarp * me.plan.part : 0);
+    if (within >= me.plan.part) continue;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (col + i < cols) partial[col + i] = sums[i];
     }
   }
-  for (; left > 0; left--, row += step) {
-    const int place = kRowPlaces == 2 ? left & ahead : 0;  // `ahead` is 1 or 3
-    if constexpr (kRowPlaces > 0) {
-      in.mean = next.mean;
-      in.rstd = next.rstd;
-      load_statistics(&next, call, row + step);
-      if (kRowPlaces == 2 && ahead == kMostPlaces - 1) {
-        copy_async_wait<kMostPlaces - 2>();
-      } else {
-        copy_async_wait<0>();
-      }
-    } else {
-      load_statistics(&in, call, row);
+  sync_block();
+}
+
+template <typename DY, typename Z, int V, bool kWarps>
+__global__ void __launch_bounds__(kRowThreads, 1) norm_bwd_kernel(NormBackward call, RowPlan plan) {
+  constexpr bool kAny = std::is_same_v<Z, Any>;
+  const RowThread<V, kWarps> me(plan, call.cols);
+  float* shared = shared_memory<float>();
+  // On their way first: all else that happens before the first row happens meanwhile.
+  Source<DY, Z, V, kWarps> source(call, me, reinterpret_cast<char*>(shared + plan.places_at));
+  Statistics next(call, me.row);
+  const ColumnCopies weights(shared + kSlots, me.lane);
+  const bool one = call.weight.ptr == nullptr || call.kind == NormKind::kGemma;
+  copy_columns<kAny>(weights, call.weight, one ? 1.0f : 0.0f, me, call.cols);
+  RowSum<kWarps> row_sum(shared, me);
+  sync_block();
+
+  ColumnSums<V> totals;
+  int64_t next_row = me.row;
+  for (int turns = me.turns(call.rows); turns > 0; turns--, next_row += plan.step) {
+    int64_t row = next_row;
+    forget(row);  // addresses of every vector, each with its step, would take too many registers
+    const Statistics of = next;
+    next = Statistics(call, row + plan.step);
+    source.wait(call, me, row);
+    float sums[2];
+    add_sums(sums, source, weights, of, me);
+    row_sum(sums, turns % 2 * 2);
+    const RowMeans means(sums, of, plan.by_cols, call.kind == NormKind::kLayer);
+    uint32_t keep = ~0u;
+    if (call.dropout.seed != nullptr && call.dx.ptr != nullptr) {
+      keep = keep_bits(call.dropout, row, me);
     }
-    if constexpr (kRowPlaces == 2) {  // into the place of the row before
-      source.begin_row(row + ahead * step, (left + 1) & ahead, ahead < left);
-    }
-    if constexpr (kHolds) {
-#pragma unroll
-      for (int k = 0; k < kVectors; k++) source.fetch(&in, row, k, place);
-    }
-    float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      if constexpr (!kHolds) source.fetch(&in, row, k, place);
-      float weight[V];
-      recall(weight, weights, columns, k);
-      add_sums(sums, in, k, weight);
-    }
-    // Slots in turn: the barrier of the sum between frees these ones.
-    row_sum(sums, plan.lanes, slots + left % 2 * kSlots);
-    const float n = static_cast<float>(call.cols);
-    const float means[2] = {call.kind == NormKind::kLayer ? sums[0] / n : 0.0f, sums[1] / n};
-    const uint32_t keep = keep_bits_of<V, kItems>(call, row, columns, 0);
-#pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      if constexpr (!kHolds) source.fetch(&in, row, k, place);
-      if constexpr (kRowPlaces == 1) {
-        if (left > 1) source.begin_copy(row + step, k, place);
-      }
-      totals.add(in, k, call);
-      float weight[V];
-      recall(weight, weights, columns, k);
-      store_vector(in, k, means, weight, call, row, columns.at(0, k), keep, whole);
-    }
-    if constexpr (kRowPlaces == 1) copy_async_commit();
+    finish_row(&totals, source, weights, means, of, call, me, row, keep);
+    source.free(call, me, row);
   }
 
-#pragma unroll
-  for (int k = 0; k < kVectors; k++) totals.take(k);
+  sync_block();
+  auto* scratch = reinterpret_cast<Vector<float, 4>*>(shared + plan.places_at);
   const int64_t partial = blockIdx.x * call.cols;
   if (call.dweight_partials != nullptr) {
-    store_partial<V, kItems>(call.dweight_partials + partial, totals.dweight, groups, group,
-                             columns, call.cols, scratch);
+    store_partial(call.dweight_partials + partial, totals.dweight, me, call.cols, scratch);
   }
   if (call.dbias_partials != nullptr) {
-    store_partial<V, kItems>(call.dbias_partials + partial, totals.dbias, groups, group, columns,
-                             call.cols, scratch);
+    store_partial(call.dbias_partials + partial, totals.dbias, me, call.cols, scratch);
   }
 }
 
-// The threads of a block of norm_bwd_kernel, for rows of `lanes` threads.
-int block_threads(int lanes) {
-  return lanes >= kNarrowBlock ? lanes : kNarrowBlock / lanes * lanes;
+RowNeeds needs_of(const NormBackward& call) {
+  const int z = element_size(call.z.dtype), dz_in = call.dz_in.ptr != nullptr ? z : 0;
+  return {4, element_size(call.dy.dtype) + z + dz_in, 2 * 4};
+}
+
+// `places` is 0 where a block has no room for a row.
+cudaError_t plan_of(RowPlan* plan, const NormBackward& call) {
+  *plan = RowPlan{};
+  if (call.rows == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  *plan = plan_rows(call.rows, call.cols, vector_of(call), needs_of(call), device);
+  if (plan->places == 0) plan->blocks = wide_partials(call.rows, device);
+  return cudaSuccess;
 }
 
 template <typename DY, typename Z, int V>
-cudaError_t launch_narrow(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
-                          cudaStream_t stream) {
-  plan.lanes = lanes_of_row(call.cols, kItems);
-  const int threads = block_threads(plan.lanes);
-  plan.scratch = threads > plan.lanes ? plan.lanes * kItems : 0;
-  size_t shared = (2 * kSlots + plan.lanes * kItems + plan.scratch) * sizeof(float);
-  if (std::is_same_v<Z, Any>) shared += 2 * threads * kItems * sizeof(float);
-  const size_t place = threads * kItems * 2 * sizeof(Z);
-  plan.places = kPlaces<DY, Z>;
-  if (plan.places == 2) {
-    Device device;
-    const cudaError_t error = current_device(&device);
-    if (error != cudaSuccess) return error;
-    const size_t block = shared + kMostPlaces * place, reserved = 1024;
-    const size_t all = kThreadsResident / threads * (block + reserved);
-    const bool fits = block <= static_cast<size_t>(device.shared_bytes);
-    if (fits && all <= static_cast<size_t>(device.multiprocessor_bytes)) plan.places = kMostPlaces;
+cudaError_t launch_rows(BackwardTypes<DY, Z, V>, const NormBackward& call, RowPlan plan,
+                        bool aligned, cudaStream_t stream) {
+  if (std::is_same_v<Z, Any>) plan = plan_of_any(plan, needs_of(call));
+  plan.aligned = aligned;
+  const dim3 blocks(static_cast<unsigned>(plan.blocks));
+  if (plan.lanes < kWarp) {
+    return launch(norm_bwd_kernel<DY, Z, V, false>, blocks, plan.threads, plan.shared_bytes, stream,
+                  call, plan);
   }
-  shared += plan.places * place;
-  return launch(norm_bwd_kernel<DY, Z, V>, dim3(call.partials), threads, shared, stream, call,
-                plan);
+  return launch(norm_bwd_kernel<DY, Z, V, true>, blocks, plan.threads, plan.shared_bytes, stream,
+                call, plan);
 }
 
 }  // namespace
 
-cudaError_t norm_bwd_partials(int64_t rows, int64_t cols, int* partials) {
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
-  int64_t most = 0, groups = 0;
-  if (cols <= kWidest) {
-    const int lanes = lanes_of_row(cols, kItems);
-    const int threads = block_threads(lanes);
-    most = int64_t{device.multiprocessors} * (kThreadsResident / threads);
-    groups = ceil_div<int64_t>(rows, threads / lanes);
-  } else {
-    most = device.multiprocessors;
-    groups = ceil_div<int64_t>(rows, kColumnsRows);
-  }
-  *partials = static_cast<int>(groups < most ? groups : most);
-  return cudaSuccess;
+cudaError_t norm_bwd_partials(const NormBackward& call, int* partials) {
+  RowPlan plan;
+  const cudaError_t error = plan_of(&plan, call);
+  *partials = plan.blocks;
+  return error;
 }
 
 cudaError_t norm_bwd(const NormBackward& call, cudaStream_t stream) {
   if (call.rows > 0) {
-    const cudaError_t error =
-        call.cols > kWidest ? norm_bwd_wide(call, stream)
-                            : with_dtypes(call, [&](auto dtypes, const Plan& plan) {
-                                return launch_narrow(dtypes, call, plan, stream);
-                              });
+    RowPlan plan;
+    cudaError_t error = plan_of(&plan, call);
+    if (error != cudaSuccess) return error;
+    error = plan.places == 0 ? norm_bwd_wide(call, stream)
+                             : with_backward_types(call, [&](auto types, bool aligned) {
+                                 return launch_rows(types, call, plan, aligned, stream);
+                               });
     if (error != cudaSuccess) return error;
   }
-  const struct {
-    const RowTensor& sum;
-    const float* partials;
-  } vectors[] = {{call.dweight, call.dweight_partials}, {call.dbias, call.dbias_partials}};
-  for (const auto& [sum, partials] : vectors) {
-    if (sum.ptr == nullptr) continue;
-    const cudaError_t error =
-        column_sum(partials, call.partials, call.cols, sum.ptr, sum.dtype, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const ColumnSum sums[] = {{call.dweight_partials, call.dweight.ptr, call.dweight.dtype},
+                            {call.dbias_partials, call.dbias.ptr, call.dbias.dtype}};
+  return column_sums(sums, call.partials, call.cols, stream);
 }
 
 }  // namespace fastlm

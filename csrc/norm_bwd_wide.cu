@@ -4,16 +4,178 @@
 // two launches): 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
 // columns, and read dy and z once more, 4 bytes; a group of rows leaves one fp32 row of sums.
 #include "norm_bwd.cuh"
+#include "norm_wide.cuh"
 
 namespace fastlm {
 namespace {
 
-using Plan = NormBackwardPlan;
-
-constexpr int kWideBlock = 512;
 constexpr int kWideItems = 8;     // columns of a thread in a tile
 constexpr int kColumnsWarps = 8;  // of a block of norm_bwd_columns_kernel, each with its rows
-constexpr int kSlots = 2 * 32;    // of row_sum: two floats a warp
+constexpr int kSlots = 2 * kWideBlock / kWarp;  // of block_sum
+constexpr int64_t kColumnsRows = 64;  // of a group of rows at least, so that partials stay few
+
+// What is uniform over the call beside NormBackward.
+struct Plan {
+  bool aligned;       // for Any: the others are always
+  bool keeps_shared;  // dy and z
+};
+
+template <typename Z>
+__device__ inline bool is_whole(const Plan& plan) {
+  return !std::is_same_v<Z, Any> || plan.aligned;
+}
+
+// One thread's columns of a row in a tile, as they arrive.
+template <typename DY, typename Z, int V, int Items>
+struct Incoming {
+  Vector<DY, V> dy[Items / V];
+  Vector<Z, V> z[Items / V];
+  float mean, rstd;
+};
+
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void load_statistics(Incoming<DY, Z, V, Items>* in, const NormBackward& call,
+                                       int64_t row) {
+  const bool valid = row < call.rows;
+  in->mean = valid && call.kind == NormKind::kLayer ? call.mean[row] : 0.0f;
+  in->rstd = valid ? call.rstd[row] : 0.0f;
+}
+
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void load_vector(Incoming<DY, Z, V, Items>* in, int k, const NormBackward& call,
+                                   int64_t row, int64_t col, bool whole) {
+  const int count = row < call.rows ? columns_at<V>(col, call.cols, whole) : 0;
+  in->dy[k] = Vector<DY, V>{};
+  in->z[k] = Vector<Z, V>{};
+  if (count == 0) return;
+  in->dy[k] = load_once<DY, V>(call.dy, row * call.dy.stride + col, count, whole);
+  in->z[k] = load_once<Z, V>(call.z, row * call.z.stride + col, count, whole);
+}
+
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void load_incoming(Incoming<DY, Z, V, Items>* in, const NormBackward& call,
+                                     int64_t row, Columns<V> columns, int64_t first, bool whole) {
+#pragma unroll
+  for (int k = 0; k < Items / V; k++) {
+    load_vector(in, k, call, row, columns.at(first, k), whole);
+  }
+  load_statistics(in, call, row);
+}
+
+// weight as fp32 factors of dy: 1 where there is none.
+template <int V>
+__device__ inline void load_weight(float (&to)[V], const NormBackward& call, int64_t col,
+                                   bool whole) {
+  const int count = columns_at<V>(col, call.cols, whole);
+  fill(to, 1.0f);
+  if (call.weight.ptr == nullptr || count == 0) return;
+  load_floats(to, call.weight, col, count, whole);
+  if (call.kind == NormKind::kGemma) {
+#pragma unroll
+    for (int i = 0; i < V; i++) to[i] += 1.0f;
+  }
+}
+
+// Columns past the row's end have dy = 0 and z = 0, and so add nothing.
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void add_sums(float (&sums)[2], const Incoming<DY, Z, V, Items>& in, int k,
+                                const float (&weight)[V]) {
+  float dy[V], z[V];
+  unpack(dy, in.dy[k]);
+  unpack(z, in.z[k]);
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    sums[0] = fmaf(dy[i], weight[i], sums[0]);
+    sums[1] = fmaf(dy[i] * weight[i], (z[i] - in.mean) * in.rstd, sums[1]);
+  }
+}
+
+// dz and dx of vector k, from the row's mean(wdy) and mean(wdy * xhat).
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void store_vector(const Incoming<DY, Z, V, Items>& in, int k,
+                                    const float (&means)[2], const float (&weight)[V],
+                                    const NormBackward& call, int64_t row, int64_t col,
+                                    uint32_t keep, bool whole) {
+  const int count = columns_at<V>(col, call.cols, whole);
+  if (row >= call.rows || count == 0) return;
+  float dz[V], other[V];
+  unpack(dz, in.dy[k]);
+  unpack(other, in.z[k]);
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    const float xhat = (other[i] - in.mean) * in.rstd;
+    dz[i] = fmaf(-xhat, means[1], dz[i] * weight[i]) - means[0];
+  }
+  if (call.dz_in.ptr != nullptr) {
+    load_floats(other, call.dz_in, row * call.dz_in.stride + col, count, whole);
+#pragma unroll
+    for (int i = 0; i < V; i++) dz[i] = fmaf(dz[i], in.rstd, other[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) dz[i] *= in.rstd;
+  }
+  const int64_t at = row * call.cols + col;
+  if (call.dz.ptr != nullptr) store_floats<std::is_same_v<Z, Any>>(call.dz, at, dz, count, whole);
+  if (call.dx.ptr == nullptr) return;
+  if (call.dropout.seed != nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      dz[i] = keep >> (V * k + i) & 1 ? dz[i] * call.dropout.scale : 0.0f;
+    }
+  }
+  store_floats<std::is_same_v<Z, Any>>(call.dx, at, dz, count, whole);
+}
+
+template <typename DY, typename Z, int V, int Items>
+__device__ inline void add_columns(float (&dweight)[V], float (&dbias)[V],
+                                   const Incoming<DY, Z, V, Items>& in, int k,
+                                   const NormBackward& call) {
+  float dy[V], z[V];
+  unpack(dy, in.dy[k]);
+  unpack(z, in.z[k]);
+  if (call.dweight_partials != nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      dweight[i] = fmaf(dy[i], (z[i] - in.mean) * in.rstd, dweight[i]);
+    }
+  }
+  if (call.dbias_partials != nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; i++) dbias[i] += dy[i];
+  }
+}
+
+template <int Items, int V>
+__device__ inline uint32_t keep_bits_of(const NormBackward& call, int64_t row, Columns<V> columns,
+                                        int64_t first) {
+  if (call.dropout.seed == nullptr || call.dx.ptr == nullptr) return ~0u;
+  return keep_bits<Items>(call.dropout, row, columns, first);
+}
+
+// A block's row of sums of the columns: its `groups` of threads, each with sums of its own in
+// `mine`, take turns. `scratch` is shared memory for a float of each column, and free.
+template <int V, int Items>
+__device__ inline void store_partial(float* partial, const float (&mine)[Items / V][V], int groups,
+                                     int group, Columns<V> columns, int64_t cols, float* scratch) {
+  for (int turn = 0; turn < groups; turn++) {
+#pragma unroll
+    for (int k = 0; k < Items / V; k++) {
+      const auto col = columns.at(0, k);
+      if (group != turn) continue;
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        if (col + i >= cols) continue;
+        const float sofar = turn == 0 ? 0.0f : scratch[col + i];
+        if (turn + 1 == groups) {
+          partial[col + i] = sofar + mine[k][i];
+        } else {
+          scratch[col + i] = sofar + mine[k][i];
+        }
+      }
+    }
+    if (groups > 1) sync_block();
+  }
+}
 
 // dz and dx of rows of any width: a block each, or one for each segment, tile by tile.
 template <typename DY, typename Z, int V>
@@ -31,7 +193,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   Vector<DY, V>* kept_dy = reinterpret_cast<Vector<DY, V>*>(slots + kSlots);
   Vector<Z, V>* kept_z = reinterpret_cast<Vector<Z, V>*>(kept_dy + row_vectors);
 
-  Incoming<DY, Z, V, kWideItems> in;
+  Incoming<DY, Z, V, kWideItems> in{};
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
@@ -53,7 +215,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       }
     }
     sync_block();  // the slots are free again
-    row_sum(mine, kWideBlock, slots);
+    block_sum(mine, slots);
     sums[0] += mine[0];
     sums[1] += mine[1];
   }
@@ -78,7 +240,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   const int64_t end = min(segments.end * kSegment, call.cols);
   for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
     if (!plan.keeps_shared) load_incoming(&in, call, row, columns, first, whole);
-    const uint32_t keep = keep_bits_of<V, kWideItems>(call, row, columns, first);
+    const uint32_t keep = keep_bits_of<kWideItems>(call, row, columns, first);
 #pragma unroll
     for (int k = 0; k < kVectors; k++) {
       const auto col = columns.at(first, k);
@@ -123,7 +285,7 @@ __global__ void __launch_bounds__(kColumnsWarps* kWarp, 1)
 }
 
 template <typename DY, typename Z, int V>
-cudaError_t launch_wide(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
+cudaError_t launch_wide(BackwardTypes<DY, Z, V>, const NormBackward& call, Plan plan,
                         cudaStream_t stream) {
   if (call.dz.ptr != nullptr || call.dx.ptr != nullptr) {
     Device device;
@@ -135,7 +297,7 @@ cudaError_t launch_wide(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
     plan.keeps_shared =
         call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
     if (plan.keeps_shared) shared += row;
-    error = launch_phases(call.rows, call.splits, [&](Phase phase, dim3 blocks) {
+    error = launch_phases(call.rows, call.splits, call.rows, [&](Phase phase, dim3 blocks) {
       return launch(norm_bwd_wide_kernel<DY, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
                     phase);
     });
@@ -149,9 +311,14 @@ cudaError_t launch_wide(Dtypes<DY, Z, V>, const NormBackward& call, Plan plan,
 
 }  // namespace
 
+int wide_partials(int64_t rows, const Device& device) {
+  const int64_t groups = ceil_div<int64_t>(rows, kColumnsRows);
+  return static_cast<int>(min(groups, int64_t{device.multiprocessors}));
+}
+
 cudaError_t norm_bwd_wide(const NormBackward& call, cudaStream_t stream) {
-  return with_dtypes(call, [&](auto dtypes, const Plan& plan) {
-    return launch_wide(dtypes, call, plan, stream);
+  return with_backward_types(call, [&](auto types, bool aligned) {
+    return launch_wide(types, call, Plan{aligned, false}, stream);
   });
 }
 

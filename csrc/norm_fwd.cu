@@ -1,464 +1,272 @@
 // Forward of LayerNorm and RMSNorm: z = residual + dropout(x), y = norm(z) * weight + bias.
 //
-// A row of up to kItems * 1,024 columns stays in the registers of its threads, in z's dtype, so
-// each tensor is read or written once: of 2-byte elements 4 bytes an element without a residual, 6
-// with one, 8 where z is written. The mean comes first and the squares of deviations from it
-// second, for means of thousands of deviations. weight and bias stay in L1: every block of a
-// multiprocessor reads them.
-//
-// A wider row goes to one block, tile by tile: statistics are merged (Chan et al.), and z waits in
-// shared memory, where it fits, for the second pass, which otherwise reads and adds again. Where
-// rows are fewer than multiprocessors, each segment of a row goes to a block, in two launches.
-//
-// Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-// Variances", 1979.
-#include "norm.cuh"
+// Each tensor is read or written once: of 2-byte elements 4 bytes an element without a residual, 6
+// with one, 8 where z is written. z is in registers in its dtype while the row's sums are made, so
+// its place in shared memory is already a next row's. The mean comes first and the squares of
+// deviations from it second, for means of thousands of deviations. weight and bias lie in shared
+// memory as fp32. Rows for which a block has no room are norm_fwd_wide.cu's.
+#include "dispatch.h"
+#include "norm_fwd.cuh"
+#include "norm_rows.cuh"
 
 namespace fastlm {
 namespace {
 
-constexpr int kItems = 16;         // columns of a thread in a tile
-constexpr int kNarrowBlock = 128;  // threads where a row has at most a warp
-constexpr int kMostOfTwoRows = 512;  // threads that have registers for two rows at a time
-constexpr int kWidest = kItems * 1024;
-constexpr int kWideBlock = 512;
-constexpr int kSlots = 32;  // of row_sum: a warp each
+// A thread's z of one row: in registers, or of Any in shared memory, for which loops need not be
+// unrolled: code for every dtype is long.
+template <typename Z, int V>
+struct RowZ {
+  static constexpr int kUnroll = kRowItems / V;
+  float values[kRowItems / V][V];
 
-// What is uniform over the call beside NormForward.
-struct Plan {
-  int lanes;
-  bool aligned;       // for Any: the others are always
-  bool keeps_shared;  // a wide row's z
+  __device__ void get(float (&to)[V], int k) const { memcpy(to, values[k], sizeof(to)); }
+  __device__ void set(int k, const float (&x)[V]) { memcpy(values[k], x, sizeof(x)); }
+};
+template <int V>
+struct RowZ<Any, V> {
+  static constexpr int kUnroll = 1;
+  Vector<Any, V>* mine;
+
+  __device__ void get(float (&to)[V], int k) const { unpack(to, mine[k * kWarp]); }
+  __device__ void set(int k, const float (&x)[V]) { pack(&mine[k * kWarp], x); }
 };
 
-template <typename X>
-__device__ inline bool is_whole(const Plan& plan) {
-  return !std::is_same_v<X, Any> || plan.aligned;
-}
+// Where a thread has its z from, row after row: x and residual that arrive in shared memory.
+template <typename X, typename Z, int V, bool kWarps>
+struct Source {
+  Ring<X, V, kWarps> x;
+  Ring<Z, V, kWarps> residual;
+  int place = 0;
 
-// What a thread adds up to its z of a tile, as it lies in memory; 0 past the row's end.
-template <typename X, typename Z, int V>
-struct Addends {
-  Vector<X, V> x[kItems / V];
-  Vector<Z, V> residual[kItems / V];
+  __device__ Source(const NormForward& call, const RowThread<V, kWarps>& me, char* shared)
+      : x(shared, me), residual(shared + x.bytes(me.plan), me) {
+    for (int64_t i = 0; i < me.plan.places; i++) begin(call, me, me.row + i * me.plan.step, i);
+    x.clear(me);
+    if (call.residual.ptr != nullptr) residual.clear(me);
+  }
+
+  __device__ void begin(const NormForward& call, const RowThread<V, kWarps>& me, int64_t row,
+                        int into) const {
+    x.begin(into, call.x, row, call.rows, me);
+    if (call.residual.ptr != nullptr) residual.begin(into, call.residual, row, call.rows, me);
+    copy_async_commit();
+  }
+
+  // z of the next row, which is `row`.
+  __device__ void take(RowZ<Z, V>* z, const NormForward& call, const RowThread<V, kWarps>& me,
+                       int64_t row, uint32_t keep) {
+    wait_for_row(me.plan.places);
+    if (std::is_same_v<X, Z> && call.residual.ptr == nullptr && call.dropout.seed == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kRowItems / V; k++) unpack(z->values[k], *x.at(place, k));
+    } else {
+      add_up(z, call, me, row, keep);
+    }
+    begin(call, me, row + int64_t{me.plan.places} * me.plan.step, place);
+    place = place + 1 == me.plan.places ? 0 : place + 1;
+  }
+
+  __device__ void add_up(RowZ<Z, V>* z, const NormForward& call, const RowThread<V, kWarps>& me,
+                         int64_t row, uint32_t keep) const {
+    Z* to = static_cast<Z*>(call.z.ptr) + row * call.cols + me.col;
+#pragma unroll
+    for (int k = 0; k < kRowItems / V; k++) {
+      float sum[V], more[V];
+      unpack(sum, *x.at(place, k));
+      drop(sum, keep >> V * k, call.dropout);
+      if (call.residual.ptr != nullptr) {
+        unpack(more, *residual.at(place, k));
+#pragma unroll
+        for (int i = 0; i < V; i++) sum[i] += more[i];
+      }
+      Vector<Z, V> vector;
+      pack(&vector, sum);
+      unpack(z->values[k], vector);
+      if (call.z.ptr != nullptr && k < me.vectors && row < call.rows) {
+        store_whole<false>(to + k * me.apart(), vector);
+      }
+    }
+  }
 };
 
-// Of Any the residual comes when it is added: as floats it would take too many registers.
-template <typename Z>
-constexpr bool kEarly = !std::is_same_v<Z, Any>;
+// The tensors themselves, where they are needed.
+template <int V, bool kWarps>
+struct Source<Any, Any, V, kWarps> {
+  Vector<Any, V>* mine;
 
-template <typename X, typename Z, int V, typename Index>
-__device__ inline void load_x(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
-                              bool valid, Columns<V> columns, Index first, bool whole) {
-  const int64_t cols = valid ? call.cols : 0;
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    in->x[k] = Vector<X, V>{};
-    const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, cols, whole);
-    if (count > 0) in->x[k] = load_once<X, V>(call.x, row * call.x.stride + col, count, whole);
-  }
-}
+  __device__ Source(const NormForward&, const RowThread<V, kWarps>&, char* shared)
+      : mine(own_vectors<Vector<Any, V>>(shared, static_cast<int>(threadIdx.x), kRowItems / V)) {}
 
-template <typename X, typename Z, int V, typename Index>
-__device__ inline void load_residual(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
-                                     bool valid, Columns<V> columns, Index first, bool whole) {
-  const int64_t cols = valid ? call.cols : 0;
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    in->residual[k] = Vector<Z, V>{};
-    const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, cols, whole);
-    if (count > 0) {
-      in->residual[k] =
-          load_once<Z, V>(call.residual, row * call.residual.stride + col, count, whole);
-    }
-  }
-}
-
-template <typename X, typename Z, int V, typename Index>
-__device__ inline void add_up(Vector<Z, V> (&z)[kItems / V], const Addends<X, Z, V>& in,
-                              const NormForward& call, int64_t row, bool valid,
-                              Columns<V> columns, Index first, bool whole) {
-  const int64_t cols = valid ? call.cols : 0;
-  uint32_t keep = ~0u;
-  if (call.dropout.seed != nullptr) {
-    const uint64_t seed = static_cast<uint64_t>(*call.dropout.seed);
-    keep = keep_bits<V, kItems>(seed, call.dropout.threshold, row, columns, first);
-  }
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    float sum[V], more[V];
-    unpack(sum, in.x[k]);
-    if (call.dropout.seed != nullptr) {
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-        sum[i] = keep >> (V * k + i) & 1 ? sum[i] * call.dropout.scale : 0.0f;
-      }
-    }
-    if (call.residual.ptr != nullptr) {
-      if constexpr (kEarly<Z>) {
-        unpack(more, in.residual[k]);
-      } else {
-        const auto col = columns.at(first, k);
-        const int count = columns_at<V>(col, cols, whole);
-        load_floats(more, call.residual, row * call.residual.stride + col, count,
-                    whole && count > 0);
-      }
-#pragma unroll
-      for (int i = 0; i < V; i++) sum[i] += more[i];
-    }
-    if constexpr (std::is_same_v<Z, Any>) {
-#pragma unroll
-      for (int i = 0; i < V; i++) sum[i] = rounded(sum[i], call.z_dtype);
-    }
-    pack(&z[k], sum);
-  }
-}
-
-// This thread's z of a tile, of R rows from `row` on; no load waits for what another brings.
-template <typename X, typename Z, int V, int R, typename Index>
-__device__ inline void load_z(Vector<Z, V> (&z)[R][kItems / V], const NormForward& call,
-                              int64_t row, int64_t rows, Columns<V> columns, Index first,
-                              bool whole) {
-  Addends<X, Z, V> in[R];
-#pragma unroll
-  for (int r = 0; r < R; r++) load_x(&in[r], call, row + r, row + r < rows, columns, first, whole);
-  if (kEarly<Z> && call.residual.ptr != nullptr) {
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      load_residual(&in[r], call, row + r, row + r < rows, columns, first, whole);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    add_up(z[r], in[r], call, row + r, row + r < rows, columns, first, whole);
-  }
-}
-
-template <typename Z, int V, typename Index>
-__device__ inline void store_z(const Vector<Z, V> (&z)[kItems / V], const NormForward& call,
-                               int64_t row, int64_t cols, Columns<V> columns, Index first,
-                               bool whole) {
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, cols, whole);
-    if (count == 0) continue;
-    float values[V];
-    unpack(values, z[k]);
-    store_floats<std::is_same_v<Z, Any>>(call.z, row * call.cols + col, values, count, whole);
-  }
-}
-
-// y of R rows from `row` on, with weight and bias loaded once.
-template <typename Z, int V, int R, typename Index>
-__device__ inline void store_y(const Vector<Z, V> (&z)[R][kItems / V], const float (&mean)[R],
-                               const float (&rstd)[R], const NormForward& call, int64_t row,
-                               Columns<V> columns, Index first, bool whole) {
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, row < call.rows ? call.cols : 0, whole);
-    if (count == 0) continue;
-    float weight[V], bias[V];
-    fill(weight, 1.0f);
-    if (call.weight.ptr != nullptr) {
-      load_floats(weight, call.weight, col, count, whole);
-      const float one = call.kind == NormKind::kGemma ? 1.0f : 0.0f;
-#pragma unroll
-      for (int i = 0; i < V; i++) weight[i] += one;
-    }
-    fill(bias, 0.0f);
-    if (call.bias.ptr != nullptr) load_floats(bias, call.bias, col, count, whole);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      if (r > 0 && row + r >= call.rows) break;
-      float y[V];
-      unpack(y, z[r][k]);
-#pragma unroll
-      for (int i = 0; i < V; i++) y[i] = (y[i] - mean[r]) * rstd[r];
-      if (call.kind == NormKind::kLlama) {
-#pragma unroll
-        for (int i = 0; i < V; i++) y[i] = rounded(y[i], call.x.dtype);
-      }
-#pragma unroll
-      for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
-      store_floats<std::is_same_v<Z, Any>>(call.y, (row + r) * call.cols + col, y, count, whole);
-    }
-  }
-}
-
-__device__ inline float rstd_of(float squares, const NormForward& call) {
-  return 1.0f / sqrtf(squares / static_cast<float>(call.cols) + call.eps);
-}
-
-__device__ inline void store_statistics(const NormForward& call, int64_t row, float mean,
-                                        float rstd) {
-  if (call.kind == NormKind::kLayer) call.mean[row] = mean;
-  call.rstd[row] = rstd;
-}
-
-// Rows that fit into registers: `lanes` threads each, which take R rows at once, so that twice as
-// many loads are on their way and two rows share the barriers of a sum.
-template <typename X, typename Z, int V, int R>
-__global__ void __launch_bounds__(R == 1 ? 1024 : kMostOfTwoRows)
-    norm_fwd_kernel(NormForward call, Plan plan) {
-  const bool whole = is_whole<X>(plan);
-  const int groups = static_cast<int>(blockDim.x) / plan.lanes;
-  const int group = static_cast<int>(threadIdx.x) / plan.lanes;
-  const Columns<V> columns{plan.lanes, static_cast<int>(threadIdx.x) % plan.lanes};
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * groups + group) * R;
-  float* slots = shared_memory<float>();
-
-  Vector<Z, V> z[R][kItems / V];
-  load_z<X>(z, call, first, call.rows, columns, 0, whole);
-  float mean[R] = {};
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const int64_t cols = first + r < call.rows ? call.cols : 0;
-    if (call.z.ptr != nullptr) store_z(z[r], call, first + r, cols, columns, 0, whole);
-    if (call.kind == NormKind::kLayer) {
-#pragma unroll
-      for (int k = 0; k < kItems / V; k++) {
-        float values[V];
-        unpack(values, z[r][k]);
-#pragma unroll
-        for (int i = 0; i < V; i++) mean[r] += values[i];
-      }
-    }
-  }
-  if (call.kind == NormKind::kLayer) {
-    row_sum(mean, plan.lanes, slots);
-#pragma unroll
-    for (int r = 0; r < R; r++) mean[r] /= static_cast<float>(call.cols);
-  }
-  float squares[R] = {};
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const int64_t cols = first + r < call.rows ? call.cols : 0;
-#pragma unroll
-    for (int k = 0; k < kItems / V; k++) {
-      const int count = columns_at<V>(columns.at(0, k), cols, whole);
-      float values[V];
-      unpack(values, z[r][k]);
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-        const float deviation = i < count ? values[i] - mean[r] : 0.0f;
-        squares[r] = fmaf(deviation, deviation, squares[r]);
-      }
-    }
-  }
-  row_sum(squares, plan.lanes, slots + R * kSlots);
-  float rstd[R];
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    rstd[r] = rstd_of(squares[r], call);
-    const bool writes = first + r < call.rows && columns.lane == 0;
-    if (writes) store_statistics(call, first + r, mean[r], rstd[r]);
-  }
-  store_y(z, mean, rstd, call, first, columns, 0, whole);
-}
-
-// Mean and squared deviations from it of one thread's values so far.
-struct Moments {
-  float count = 0.0f, mean = 0.0f, squares = 0.0f;
-};
-
-// Chan et al.
-__device__ inline void merge(Moments* sofar, const Moments& more) {
-  if (more.count == 0.0f) return;
-  const float delta = more.mean - sofar->mean;
-  const float share = more.count / (sofar->count + more.count);
-  sofar->squares = fmaf(delta * delta, share * sofar->count, sofar->squares + more.squares);
-  sofar->mean = fmaf(delta, share, sofar->mean);
-  sofar->count += more.count;
-}
-
-template <typename Z, int V, typename Index>
-__device__ inline void add_tile(Moments* sofar, const Vector<Z, V> (&z)[kItems / V],
-                                int64_t cols, bool has_mean, Columns<V> columns, Index first,
-                                bool whole) {
-  float sum = 0.0f, squares = 0.0f;
-  int count = 0;
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    count += columns_at<V>(columns.at(first, k), cols, whole);
-    float values[V];
-    unpack(values, z[k]);
-#pragma unroll
-    for (int i = 0; i < V; i++) sum += values[i];
-  }
-  if (count == 0) return;
-  const float n = static_cast<float>(count);
-  const float mean = has_mean ? sum / n : 0.0f;
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    const int there = columns_at<V>(columns.at(first, k), cols, whole);
-    float values[V];
-    unpack(values, z[k]);
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      const float deviation = i < there ? values[i] - mean : 0.0f;
-      squares = fmaf(deviation, deviation, squares);
-    }
-  }
-  merge(sofar, {n, mean, squares});
-}
-
-// The moments of a segment, from those of the block's threads; the same in all of them.
-__device__ inline Moments block_moments(const Moments& mine, float count, bool has_mean,
-                                        float* slots) {
-  float mean[1] = {mine.count * mine.mean};
-  if (has_mean) {
-    row_sum(mean, kWideBlock, slots);
-    mean[0] /= count;
-  }
-  const float delta = mine.mean - mean[0];
-  float squares[1] = {fmaf(delta * delta, mine.count, mine.squares)};
-  row_sum(squares, kWideBlock, slots + kSlots);
-  return {count, mean[0], squares[0]};
-}
-
-// Rows of any width: a block each, or one for each segment, tile by tile.
-template <typename X, typename Z, int V>
-__global__ void __launch_bounds__(kWideBlock, 1)
-    norm_fwd_wide_kernel(NormForward call, Plan plan, Phase phase) {
-  const bool whole = is_whole<X>(plan);
-  const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
-  constexpr int kTile = kWideBlock * kItems;
-  static_assert(kSegment % kTile == 0);
-  const Segments segments(call.cols, call.splits, phase);
-  const int64_t row = segments.row;
-  float* slots = shared_memory<float>();
-  Vector<Z, V>* kept = reinterpret_cast<Vector<Z, V>*>(slots + 2 * kSlots);
-  const bool has_mean = call.kind == NormKind::kLayer;
-
-  Vector<Z, V> rows_z[1][kItems / V];
-  auto& z = rows_z[0];
-  Moments moments;
+  __device__ void take(RowZ<Any, V>* z, const NormForward& call, const RowThread<V, kWarps>& me,
+                       int64_t row, uint32_t keep) const {
+    const bool whole = me.plan.aligned;
+    z->mine = mine;
 #pragma unroll 1
-  for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
-       segment++) {
-    const int64_t end = min((segment + 1) * kSegment, call.cols);
-    Moments mine;
-    for (int64_t first = segment * kSegment; first < end; first += kTile) {
-      load_z<X>(rows_z, call, row, call.rows, columns, first, whole);
-      if (call.z.ptr != nullptr) store_z(z, call, row, call.cols, columns, first, whole);
-      if (plan.keeps_shared) {
+    for (int k = 0; k < kRowItems / V; k++) {
+      float sum[V], more[V];
+      fill(sum, 0.0f);
+      const int col = me.at(k), count = me.count(k, call.cols, whole);
+      if (count > 0 && row < call.rows) {
+        load_floats(sum, call.x, row * call.x.stride + col, count, whole);
+        drop(sum, keep >> V * k, call.dropout);
+        if (call.residual.ptr != nullptr) {
+          load_floats(more, call.residual, row * call.residual.stride + col, count, whole);
 #pragma unroll
-        for (int k = 0; k < kItems / V; k++) {
-          const auto col = columns.at(first, k);
-          if (col < call.cols) kept[col / V] = z[k];
+          for (int i = 0; i < V; i++) sum[i] += more[i];
+        }
+        round_as<Any>(sum, call.z_dtype);
+        if (call.z.ptr != nullptr) {
+          store_floats<true>(call.z, row * call.cols + col, sum, count, whole);
         }
       }
-      add_tile(&mine, z, call.cols, has_mean, columns, first, whole);
-    }
-    sync_block();  // the slots are free again
-    const float count = static_cast<float>(end - segment * kSegment);
-    merge(&moments, block_moments(mine, count, has_mean, slots));
-  }
-  float* scratch = call.moments + row * call.splits * 3;
-  if (phase == Phase::kSums) {
-    if (threadIdx.x == 0) {
-      float* to = scratch + segments.begin * 3;
-      to[0] = moments.count, to[1] = moments.mean, to[2] = moments.squares;
-    }
-    return;
-  }
-  if (phase == Phase::kResults) {
-#pragma unroll 1
-    for (int i = 0; i < call.splits; i++) {
-      const float* from = scratch + i * 3;
-      merge(&moments, {from[0], from[1], from[2]});
+      pack(&mine[k * kWarp], sum);
     }
   }
-  const float mean[1] = {moments.mean}, rstd[1] = {rstd_of(moments.squares, call)};
-  if (threadIdx.x == 0 && segments.begin == 0) store_statistics(call, row, mean[0], rstd[0]);
+};
 
-  const int64_t end = min(segments.end * kSegment, call.cols);
-  for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
-    if (plan.keeps_shared) {  // by this very thread
+// This thread's part of a sum over the row: four sums in turn, which do not wait for each other.
+template <typename Z, int V>
+__device__ inline float sum_of(const RowZ<Z, V>& z) {
+  float sums[4] = {};
+#pragma unroll RowZ<Z, V>::kUnroll
+  for (int k = 0; k < kRowItems / V; k++) {
+    float values[V];
+    z.get(values, k);
 #pragma unroll
-      for (int k = 0; k < kItems / V; k++) {
-        const auto col = columns.at(first, k);
-        if (col < call.cols) z[k] = kept[col / V];
-      }
-    } else {
-      load_z<X>(rows_z, call, row, call.rows, columns, first, whole);
+    for (int i = 0; i < V; i++) sums[i % 4] += values[i];
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The same of squares, of z - mean, which then takes the place of z.
+template <typename Z, int V, bool kWarps>
+__device__ inline float center(RowZ<Z, V>* z, float mean, const RowThread<V, kWarps>& me,
+                               int64_t cols, bool whole) {
+  float sums[4] = {};
+#pragma unroll RowZ<Z, V>::kUnroll
+  for (int k = 0; k < kRowItems / V; k++) {
+    const int count = me.count(k, cols, whole);
+    float x[V];
+    z->get(x, k);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      x[i] -= i < count ? mean : 0.0f;
+      sums[i % 4] = fmaf(x[i], x[i], sums[i % 4]);
     }
-    store_y(rows_z, mean, rstd, call, row, columns, first, whole);
+    z->set(k, x);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// y, as elements of Y, of a centered z. No branch is in the way of what comes from shared memory.
+template <typename X, typename Y, bool kBias, typename Z, int V, bool kWarps>
+__device__ inline void store_y(const RowZ<Z, V>& z, float rstd, const ColumnCopies& weights,
+                               const ColumnCopies& biases, const NormForward& call,
+                               const RowThread<V, kWarps>& me, int64_t row, bool whole) {
+#pragma unroll RowZ<Z, V>::kUnroll
+  for (int k = 0; k < kRowItems / V; k++) {
+    float y[V], weight[V], bias[V];
+    z.get(y, k);
+#pragma unroll
+    for (int i = 0; i < V; i++) y[i] *= rstd;
+    if (!kBias && call.kind == NormKind::kLlama) round_as<X>(y, call.x.dtype);
+    weights.get(weight, k);
+    fill(bias, 0.0f);
+    if constexpr (kBias) biases.get(bias, k);
+#pragma unroll
+    for (int i = 0; i < V; i++) y[i] = fmaf(y[i], weight[i], bias[i]);
+    const int count = me.count(k, call.cols, whole);
+    const int64_t at = row * call.cols + me.at(k);
+    if (count == 0) continue;
+    if constexpr (std::is_same_v<Y, Any>) {
+      store_floats<true>(call.y, at, y, count, whole);
+    } else {
+      store_floats_of<false>(static_cast<Y*>(call.y.ptr) + at, y, V, true);
+    }
   }
 }
 
-template <typename X, typename Z, int V, int R>
-cudaError_t launch_narrow(const NormForward& call, const Plan& plan, cudaStream_t stream) {
-  const int threads = plan.lanes > kWarp ? plan.lanes : kNarrowBlock;
-  const int64_t blocks = ceil_div<int64_t>(call.rows, threads / plan.lanes * R);
-  return launch(norm_fwd_kernel<X, Z, V, R>, dim3(static_cast<unsigned>(blocks)), threads,
-                2 * R * kSlots * sizeof(float), stream, call, plan);
+template <typename X, typename Z, int V, bool kWarps>
+__global__ void __launch_bounds__(kRowThreads, 1) norm_fwd_kernel(NormForward call, RowPlan plan) {
+  constexpr bool kAny = std::is_same_v<X, Any>;
+  const bool whole = !kAny || plan.aligned;
+  const RowThread<V, kWarps> me(plan, call.cols);
+  float* shared = shared_memory<float>();
+  // On their way first: all else that happens before the first row happens meanwhile.
+  Source<X, Z, V, kWarps> source(call, me, reinterpret_cast<char*>(shared + plan.places_at));
+  const ColumnCopies weights(shared + kSlots, me.lane);
+  const ColumnCopies biases(shared + kSlots + plan.padded(), me.lane);
+  const bool one = call.weight.ptr == nullptr || call.kind == NormKind::kGemma;
+  copy_columns<kAny>(weights, call.weight, one ? 1.0f : 0.0f, me, call.cols);
+  if (call.bias.ptr != nullptr) copy_columns<kAny>(biases, call.bias, 0.0f, me, call.cols);
+  RowSum<kWarps> row_sum(shared, me);
+  const auto store = [&](auto type, const RowZ<Z, V>& z, int64_t row, float rstd) {
+    using Y = typename decltype(type)::type;
+    if (call.bias.ptr != nullptr) {
+      store_y<X, Y, true>(z, rstd, weights, biases, call, me, row, whole);
+    } else {
+      store_y<X, Y, false>(z, rstd, weights, biases, call, me, row, whole);
+    }
+  };
+  sync_block();
+
+  int64_t next_row = me.row;
+  for (int turns = me.turns(call.rows); turns > 0; turns--, next_row += plan.step) {
+    int64_t row = next_row;
+    forget(row);  // addresses of every vector, each with its step, would take too many registers
+    uint32_t keep = ~0u;
+    if (call.dropout.seed != nullptr) keep = keep_bits(call.dropout, row, me);
+    RowZ<Z, V> z;
+    source.take(&z, call, me, row, keep);
+    float mean[1] = {0.0f};
+    if (call.kind == NormKind::kLayer) {
+      mean[0] = sum_of(z);
+      row_sum(mean, turns % 2);
+      mean[0] = plan.by_cols(mean[0]);
+    }
+    float squares[1] = {center(&z, mean[0], me, call.cols, whole)};
+    row_sum(squares, 2 + turns % 2);
+    const float rstd = rsqrtf(plan.by_cols(squares[0]) + call.eps);
+    if (row >= call.rows) continue;
+    if (me.lane == 0) store_statistics(call, row, mean[0], rstd);
+    if (!kAny && call.y.dtype == Dtype::kFloat32) {
+      store(Type<std::conditional_t<kAny, Any, float>>{}, z, row, rstd);
+    } else {
+      store(Type<X>{}, z, row, rstd);
+    }
+  }
 }
 
 template <typename X, typename Z, int V>
-cudaError_t launch_rows(const NormForward& call, Plan plan, cudaStream_t stream) {
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
-  if (call.cols <= kWidest) {
-    plan.lanes = lanes_of_row(call.cols, kItems);
-    // Of halves two rows fit into the registers of a thread; few rows are better spread.
-    if constexpr (V == 8 && !std::is_same_v<Z, Any>) {
-      const int64_t threads = call.rows * plan.lanes;
-      if (plan.lanes <= kMostOfTwoRows && threads >= int64_t{4096} * device.multiprocessors) {
-        return launch_narrow<X, Z, V, 2>(call, plan, stream);
-      }
-    }
-    return launch_narrow<X, Z, V, 1>(call, plan, stream);
+cudaError_t launch_rows(ForwardTypes<X, Z, V>, const NormForward& call, RowPlan plan,
+                        const RowNeeds& needs, bool aligned, cudaStream_t stream) {
+  if (std::is_same_v<X, Any>) plan = plan_of_any(plan, needs);
+  plan.aligned = aligned;
+  const dim3 blocks(static_cast<unsigned>(plan.blocks));
+  if (plan.lanes < kWarp) {
+    return launch(norm_fwd_kernel<X, Z, V, false>, blocks, plan.threads, plan.shared_bytes, stream,
+                  call, plan);
   }
-  size_t shared = 2 * kSlots * sizeof(float);
-  const size_t row = ceil_div<int64_t>(call.cols, V) * sizeof(Vector<Z, V>);
-  plan.keeps_shared =
-      call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
-  if (plan.keeps_shared) shared += row;
-  return launch_phases(call.rows, call.splits, [&](Phase phase, dim3 blocks) {
-    return launch(norm_fwd_wide_kernel<X, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
-                  phase);
-  });
+  return launch(norm_fwd_kernel<X, Z, V, true>, blocks, plan.threads, plan.shared_bytes, stream,
+                call, plan);
 }
 
 }  // namespace
 
-cudaError_t norm_splits(int64_t rows, int64_t cols, int* splits) {
-  *splits = 1;
-  const int64_t segments = ceil_div(cols, kSegment);
-  if (segments == 1) return cudaSuccess;
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error == cudaSuccess && rows < device.multiprocessors) *splits = static_cast<int>(segments);
-  return error;
-}
-
 cudaError_t norm_fwd(const NormForward& call, cudaStream_t stream) {
   if (call.rows == 0) return cudaSuccess;
-  const Dtype x = call.x.dtype, z = call.z_dtype;
-  const bool same_residual = call.residual.ptr == nullptr || call.residual.dtype == z;
-  const int v = x == z && x != Dtype::kFloat32 ? 8 : 4;
-  Plan plan{0, true, false};
-  for (const RowTensor& t :
-       {call.x, call.residual, call.weight, call.bias, call.y, call.z}) {
-    plan.aligned = plan.aligned && is_aligned(t, call.cols, v);
-  }
-  if (plan.aligned && same_residual) {
-    if (x == Dtype::kFloat16 && x == z) return launch_rows<__half, __half, 8>(call, plan, stream);
-    if (x == Dtype::kBFloat16 && x == z) {
-      return launch_rows<__nv_bfloat16, __nv_bfloat16, 8>(call, plan, stream);
-    }
-    if (x == Dtype::kFloat32) return launch_rows<float, float, 4>(call, plan, stream);
-    if (x == Dtype::kFloat16) return launch_rows<__half, float, 4>(call, plan, stream);
-    return launch_rows<__nv_bfloat16, float, 4>(call, plan, stream);
-  }
-  if (v == 8) return launch_rows<Any, Any, 8>(call, plan, stream);
-  return launch_rows<Any, Any, 4>(call, plan, stream);
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  const int float_bytes = 4;
+  const int copies = call.bias.ptr != nullptr ? 2 : 1;
+  const int residual = call.residual.ptr != nullptr ? element_size(call.z_dtype) : 0;
+  const RowNeeds needs{copies * float_bytes, element_size(call.x.dtype) + residual, float_bytes};
+  const RowPlan plan = plan_rows(call.rows, call.cols, vector_of(call), needs, device);
+  if (plan.places == 0) return norm_fwd_wide(call, stream);
+  return with_forward_types(call, [&](auto types, bool aligned) {
+    return launch_rows(types, call, plan, needs, aligned, stream);
+  });
 }
 
 }  // namespace fastlm

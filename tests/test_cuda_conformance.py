@@ -20,7 +20,7 @@ from fastlm.reference.dropout import philox
 
 SOURCE = simt_build.SIMT / "conformance.cu"
 WRAPPERS = ["shuffles", "copies", "ldmatrix", "ldmatrix_trans", "mma_fp16", "mma_bf16", "exp2",
-            "reciprocal", "conversions", "philox"]  # fmt: skip
+            "reciprocal", "conversions", "philox", "ring_copies"]  # fmt: skip
 ULPS = {"exp2": 2, "reciprocal": 1}
 INEXACT = {"mma_fp16", "mma_bf16", *ULPS}
 # Finite in fp16, beyond it, or halfway between two of fp16 or bf16; subnormal in fp16.
@@ -114,6 +114,9 @@ def definition(name: str, words: np.ndarray) -> np.ndarray:
         out[:, 4:] = landed[::-1]
         out[:, 6] ^= pieces[::-1, 0]
         out[:, 7] ^= pieces[::-1, 3]
+    elif name == "ring_copies":
+        out[:, :4] = words[:128].reshape(32, 4)[::-1]
+        out[:, 4:6] = words[:64].reshape(32, 2)[(np.arange(32) + 7) % 32][::-1]
     elif name.startswith("ldmatrix"):
         # Thread l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4), +1 of row l / 4.
         rows = words[:128].reshape(32, 4)[(np.arange(32) * 5 + 2) % 32]

@@ -1,6 +1,6 @@
 """What layer_norm and rms_norm in CUDA C++ have that other backends have not: 16-byte accesses
-where pointers, strides and widths allow them, rows in registers up to one width and in tiles beyond
-it, rows that arrive in shared memory while others are worked on."""
+where pointers, strides and widths allow them, rows that one block has whole up to one width and in
+tiles beyond it, rows that arrive in shared memory while others are worked on."""
 
 import itertools
 
@@ -13,40 +13,68 @@ from fastlm.testing import assert_close, check_against_reference, nan_filled_emp
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SEED = 0x1234_5678_9ABC_DEF0
-# Widest rows of the kernels that have a row in registers, forward and backward.
-FORWARD, BACKWARD = 16384, 8192
-# Of a block in the host build; csrc/arch/device.cuh. It has three multiprocessors: with fewer rows,
-# wide ones are split over blocks.
-SHARED_BYTES = 65536
+WIDEST = 16384  # columns of rows that a block has whole, shared memory permitting
+# Of a block in the host build, which has three multiprocessors: with fewer rows, wide ones are
+# split over blocks. LITTLE has no room for the widest rows, nor for many on their way.
+FULL, LITTLE = 227 * 1024, 64 * 1024
 
-# name: rows, cols, dtypes of x and residual. Rows beyond the grid of the backward's blocks, several
-# rows a warp and a block, blocks with several warps a row, and each kernel for each pair of dtypes.
+# name: rows, cols, dtypes of x and residual, shared memory. Rows for several turns of every place
+# in shared memory, and fewer than there are places; several rows a warp and a block, blocks with
+# several warps a row, as many as there may be; and each kernel for each pair of dtypes.
 CASES = {
-    "lanes-1": (3300, 8, F32, F32),
-    "lanes-2": (1700, 16, F16, F16),
-    "lanes-32": (100, 256, BF16, BF16),
-    "warps": (40, 1100, F16, F32),
-    "mixed": (40, 1032, BF16, F32),
-    "any-4": (5, 260, F32, F16),
-    "any-8": (5, 265, F16, F16),
-    "widest-backward": (13, BACKWARD, BF16, BF16),
-    "wide-backward-kept": (3, BACKWARD + 8, F16, F16),
-    "wide-backward-read-again": (2, SHARED_BYTES // 8 + 12, F32, F32),
-    "wide-backward-any": (2, BACKWARD + 1, BF16, F16),
-    "widest-forward": (2, FORWARD, F16, F16),
-    "wide-kept": (3, FORWARD + 8, BF16, BF16),
-    "wide-read-again": (3, FORWARD + 64, F32, F32),
-    "wide-any-kept": (3, FORWARD - 1 + 2, F16, F16),
-    "wide-any-read-again": (3, SHARED_BYTES // 2 + 9, BF16, F16),
-    "split": (2, 2 * FORWARD + 8, BF16, BF16),
-    "split-mixed": (1, 3 * FORWARD, F16, F32),
-    "split-any": (1, FORWARD + 1, BF16, F16),
+    "lanes-1": (3300, 8, F32, F32, FULL),
+    "lanes-2": (1700, 16, F16, F16, FULL),
+    "lanes-8": (170, 64, BF16, F32, FULL),
+    "lanes-16": (100, 320, BF16, BF16, FULL),
+    "lanes-16-full": (3, 512, F16, F16, FULL),
+    "warp": (250, 768, BF16, BF16, FULL),
+    "warp-full": (50, 1024, F16, F16, FULL),
+    "warps": (40, 1100, F16, F32, FULL),
+    "mixed": (40, 1032, BF16, F32, FULL),
+    "three-warps": (13, 2600, F32, F32, FULL),
+    "any-4": (5, 260, F32, F16, FULL),
+    "any-8": (5, 265, F16, F16, FULL),
+    "any-warps": (7, 3001, BF16, BF16, FULL),
+    "little-turns": (31, 2048, BF16, BF16, LITTLE),
+    "little-one-place": (7, 4096, F32, F32, LITTLE),
+    "twelve-warps": (10, 12288, BF16, BF16, FULL),
+    "widest": (7, WIDEST, F16, F16, FULL),
+    "widest-mixed": (4, WIDEST, BF16, F32, FULL),
+    "widest-any": (4, WIDEST - 1, F16, F16, FULL),
+    "wide-backward-kept": (3, 8200, F16, F16, LITTLE),
+    "wide-backward-read-again": (2, LITTLE // 8 + 12, F32, F32, LITTLE),
+    "wide-backward-any": (2, 8193, BF16, F16, LITTLE),
+    "wide-kept": (3, WIDEST + 8, BF16, BF16, LITTLE),
+    "wide-read-again": (3, WIDEST + 64, F32, F32, LITTLE),
+    "wide-any-kept": (3, WIDEST - 1 + 2, F16, F16, LITTLE),
+    "wide-any-read-again": (3, LITTLE // 2 + 9, BF16, F16, LITTLE),
+    "split": (2, 2 * WIDEST + 8, BF16, BF16, FULL),
+    "split-mixed": (1, 3 * WIDEST, F16, F32, FULL),
+    "split-any": (1, WIDEST + 1, BF16, F16, FULL),
 }  # fmt: skip
-SANITIZED = ("lanes-2", "warps", "any-8", "wide-backward-kept", "wide-any-kept", "split-any")
+SANITIZED = (
+    "lanes-2", "warps", "any-8", "little-turns", "wide-backward-kept", "wide-any-kept", "split-any",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _shared_memory(request):
+    """Of the case that the test runs, in the host build."""
+    callspec = getattr(request.node, "callspec", None)
+    name = callspec.params.get("name") if callspec else None
+    shared = FULL if name is None else CASES[name][4]
+    if torch.cuda.is_available() or shared == FULL:
+        yield
+        return
+    import simt_build
+
+    simt_build.device(shared)
+    yield
+    simt_build.device(FULL)
 
 
 def block_inputs(name, device):
-    rows, cols, x, residual = CASES[name]
+    rows, cols, x, residual, _ = CASES[name]
     return {
         "x": randn(rows, cols, dtype=x, device=device),
         "weight": randn(cols, dtype=x, device=device, seed=1),
@@ -93,7 +121,6 @@ def test_norm_cuda_cases(name, impl, device):
 def test_norm_cuda_bits_in_every_mode(name, impl, device):
     import simt_build
 
-    rows, cols, *dtypes = CASES[name]
     inputs = block_inputs(name, device)
     results = []
     for mode in simt_build.MODES:
@@ -118,6 +145,50 @@ def test_norm_cuda_widths(cols, dtype, op, impl, device):
         )
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize("cols", [64, 768, 1024, 4096, 12288, WIDEST])
+def test_norm_cuda_copies_each_element_once(cols, impl, device):
+    import simt_build
+
+    rows, bytes_ = 7, 2
+    x, residual, dy, dz = (randn(rows, cols, dtype=BF16, device=device, seed=s) for s in range(4))
+    weight = randn(cols, dtype=BF16, device=device, seed=4)
+    leaves = [t.requires_grad_() for t in (x, residual, weight)]
+    simt_build.copied()
+    y, z = fastlm.layer_norm(x, weight, residual=residual, prenorm=True, impl=impl)
+    assert simt_build.copied() == 2 * rows * cols * bytes_, "x and residual"
+    torch.autograd.grad((y, z), leaves, (dy, dz))
+    assert simt_build.copied() == 3 * rows * cols * bytes_, "dy, z and dz"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_norm_cuda_wide_rows_arrive_ahead(impl, device):
+    import simt_build
+
+    rows, cols = 4, 5 * 8192 + 8
+    x, weight = (randn(n, cols, dtype=BF16, device=device, seed=n) for n in (rows, 1))
+    expected = fastlm.layer_norm(misaligned(x), weight[0], impl=impl)
+    for mode in itertools.product(simt_build.COPIES, ["first", "last"]):
+        simt_build.configure(*mode)
+        simt_build.copied()
+        assert torch.equal(fastlm.layer_norm(x, weight[0], impl=impl), expected), mode
+        assert simt_build.copied() == rows * cols * 2
+
+
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("cols", [40, 768, 1030])
+def test_norm_cuda_floats_from_halves(cols, dtype, impl, device):
+    """y and so dy in fp32, x in half: what autocast has on a GPU."""
+    inputs = {"x": randn(50, cols, dtype=dtype, device=device)}
+    inputs["weight"] = randn(cols, dtype=F32, device=device, seed=1)
+    check_against_reference(
+        lambda **kw: fastlm.rms_norm(**kw, impl=impl), reference.rms_norm, inputs, casting="llama"
+    )
+
+
 def misaligned(x):
     """The same values, one element past an aligned address."""
     storage = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
@@ -131,7 +202,7 @@ def padded(x):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [64, 1024, BACKWARD + 64, FORWARD + 64])
+@pytest.mark.parametrize("cols", [64, 1024, 8192 + 64, WIDEST + 64])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_norm_cuda_bits_do_not_depend_on_alignment(cols, dtype, impl, device):
     rows = 5 if cols <= 1024 else 2
@@ -157,7 +228,7 @@ def test_norm_cuda_bits_do_not_depend_on_alignment(cols, dtype, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [7, 200, 1030, BACKWARD + 8, 2 * FORWARD + 100])
+@pytest.mark.parametrize("cols", [7, 200, 1030, 8200, 2 * WIDEST + 100])
 def test_norm_cuda_bits_of_a_row_do_not_depend_on_others(cols, impl, device):
     x, weight = randn(9, cols, device=device), randn(cols, device=device, seed=1)
     dy = randn(9, cols, device=device, seed=2)
@@ -173,7 +244,7 @@ def test_norm_cuda_bits_of_a_row_do_not_depend_on_others(cols, impl, device):
 @pytest.mark.parametrize("dtypes", list(itertools.product([F32, F16, BF16], repeat=3)), ids=str)
 def test_norm_cuda_mixed_dtypes_in_tiles(dtypes, impl, device):
     x, weight, residual = dtypes
-    cols = FORWARD + 16
+    cols = WIDEST + 16
     inputs = {
         "x": randn(1, cols, dtype=x, device=device),
         "weight": randn(cols, dtype=weight, device=device, seed=1),
@@ -189,7 +260,7 @@ def test_norm_cuda_mixed_dtypes_in_tiles(dtypes, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [40, FORWARD + 16])
+@pytest.mark.parametrize("cols", [40, WIDEST + 16])
 def test_norm_cuda_mean_of_ten_thousand_deviations(cols, impl, device):
     x = randn(3, cols, device=device) + 1e4
     y = fastlm.layer_norm(x, impl=impl)
@@ -198,7 +269,7 @@ def test_norm_cuda_mean_of_ten_thousand_deviations(cols, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [64, BACKWARD + 64])
+@pytest.mark.parametrize("cols", [64, 8192 + 64])
 def test_norm_cuda_backward_past_int32_offsets(cols, impl, device):
     # Rows 2**30 elements apart: the storage is committed lazily, a page a row is touched.
     def far(x):

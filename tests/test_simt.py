@@ -51,6 +51,7 @@ def test_kernels_without_bugs_pass(controls, mode):
     assert pipeline(controls, "pipeline", *mode) == (None, True)
     assert pairs(controls, "pairs", *mode) == (None, True)
     assert pairs(controls, "warps", *mode) == (None, True)
+    assert pairs(controls, "barriers", *mode) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -85,13 +86,15 @@ _NOT_REACHED = "some lanes of the warp do not reach the collective that others w
 MISUSES = {  # each with what is said; who comes first depends on the mode
     "kSkippedBarrier": _ENDED,
     "kExitBeforeBarrier": _ENDED,
+    "kTooFewThreads": _ENDED,
+    "kHalfWarpBarrier": "a barrier of parts of warps, or that there is not",
     "kTwoBarriers": "lanes of a warp meet at different places, two calls of sync_block",
     "kDifferentShuffles": "lanes of a warp meet at different places, two calls of shuffle",
     "kDifferentCollectives": "lanes of a warp meet at different places, "
     "(shuffle and sync_warp|sync_warp and shuffle)",
     "kExitBeforeShuffle": _NOT_REACHED,
     "kHalfWarpShuffle": _NOT_REACHED,
-    "kMisalignedCopy": "asynchronous copy from an address that is not aligned to 16 bytes",
+    "kMisalignedCopy": "asynchronous copy from an address that is not aligned to its size",
     "kMisalignedLoad": "16-byte load from an address that is not aligned to 16 bytes",
     "kMisalignedStore": "16-byte store to an address that is not aligned to 16 bytes",
     "kMisalignedMatrix": "ldmatrix of a row that is not aligned to 16 bytes",

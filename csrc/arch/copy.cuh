@@ -16,11 +16,30 @@ __device__ inline uint32_t shared_address(const void* p) {
 // barrier follows that.
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
 #ifdef FASTLM_SIMT
-  simt::copy_async(shared, global, valid);
+  simt::copy_async(shared, global, valid, 16);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+#endif
+}
+
+// The same of 8 or 16 bytes that are there.
+template <int Bytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(Bytes == 8 || Bytes == 16);
+#ifdef FASTLM_SIMT
+  simt::copy_async(shared, global, true, Bytes);
+#else
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+                 "l"(global)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)),
+                 "l"(global)
+                 : "memory");
+  }
 #endif
 }
 

@@ -5,16 +5,15 @@
 
 namespace fastlm {
 
-// The host build's device is small, so that loops over a grid's stride turn in tests too.
 struct Device {
-  int multiprocessors = 3;
-  int shared_bytes = 64 * 1024;  // a block may have, where its launch asks for it
-  int multiprocessor_bytes = 144 * 1024;  // of shared memory, 1 KiB of each block reserved
+  int multiprocessors;
+  int shared_bytes;  // a block may have, where its launch asks for it
 };
 
 inline cudaError_t current_device(Device* device) {
 #ifdef FASTLM_SIMT
-  *device = Device{};
+  // Few, so that loops over a grid's stride turn in tests too.
+  *device = {3, simt::device_shared_bytes()};
   return cudaSuccess;
 #else
   int index = 0;
@@ -22,11 +21,8 @@ inline cudaError_t current_device(Device* device) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                 index);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&device->multiprocessor_bytes,
-                                cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  return cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                index);
 #endif
 }
 

@@ -40,6 +40,13 @@ __device__ inline void forget(int& x) {
   asm volatile("" : "+r"(x));
 #endif
 }
+__device__ inline void forget(int64_t& x) {
+#ifdef FASTLM_SIMT
+  (void)x;
+#else
+  asm volatile("" : "+l"(x));
+#endif
+}
 
 // Launches kernel(args...) and returns what the launch itself says; faults inside come later.
 template <typename... Params, typename... Args>

@@ -45,6 +45,15 @@ __device__ __forceinline__ void sync_block() {
 #endif
 }
 
+// The same for `threads` of them, whole warps, which all name the same `barrier`: 1 to 15.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+#ifdef FASTLM_SIMT
+  simt::sync_threads(barrier, threads);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
+}
+
 // The same for the 32 lanes of a warp.
 __device__ __forceinline__ void sync_warp() {
 #ifdef FASTLM_SIMT

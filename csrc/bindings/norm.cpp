@@ -70,13 +70,6 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   Tensor dbias = new_empty(z, {cols}, dbias_dtype);
 
   NormBackward call{};
-  check(norm_bwd_partials(rows, cols, &call.partials), "norm_bwd");
-  const auto partials_of = [&](const MaybeType& dtype) {
-    return new_empty(z, {call.partials, cols},
-                     dtype.has_value() ? MaybeType(ScalarType::Float) : std::nullopt);
-  };
-  const Tensor dweight_partials = partials_of(dweight_dtype);
-  const Tensor dbias_partials = partials_of(dbias_dtype);
   call.dy = row_tensor(dy);
   call.dz_in = row_tensor(dz_in);
   call.z = row_tensor(z);
@@ -87,12 +80,19 @@ FourTensors norm_bwd_op(Tensor dy, MaybeTensor dz_in, Tensor z, MaybeTensor weig
   call.dbias = row_tensor(dbias);
   call.mean = static_cast<const float*>(data_of(mean));
   call.rstd = static_cast<const float*>(data_or_null(rstd));
-  call.dweight_partials = static_cast<float*>(data_or_null(dweight_partials));
-  call.dbias_partials = static_cast<float*>(data_or_null(dbias_partials));
   call.rows = rows;
   call.cols = cols;
   call.kind = kind_of(kind);
   call.dropout = dropout_of(seed, dropout_p);
+  check(norm_bwd_partials(call, &call.partials), "norm_bwd");
+  const auto partials_of = [&](const MaybeType& dtype) {
+    return new_empty(z, {call.partials, cols},
+                     dtype.has_value() ? MaybeType(ScalarType::Float) : std::nullopt);
+  };
+  const Tensor dweight_partials = partials_of(dweight_dtype);
+  const Tensor dbias_partials = partials_of(dbias_dtype);
+  call.dweight_partials = static_cast<float*>(data_or_null(dweight_partials));
+  call.dbias_partials = static_cast<float*>(data_or_null(dbias_partials));
   check(norm_splits(rows, cols, &call.splits), "norm_bwd");
   const Tensor sums = split_scratch(z, rows, call.splits, 2);
   call.sums = static_cast<float*>(data_or_null(sums));

@@ -16,6 +16,8 @@ enum Bug {
   kSkippedBarrier,
   kTwoBarriers,
   kExitBeforeBarrier,
+  kTooFewThreads,
+  kHalfWarpBarrier,
   kExitBeforeShuffle,
   kDifferentShuffles,
   kDifferentCollectives,
@@ -67,6 +69,10 @@ __global__ void pairs_kernel(const float* x, float* out, int n) {
   shared[thread + (bug == kOutOfBoundsShared && thread == 63 ? 1 : 0)] = x[thread];
   if (bug == kTwoBarriers && lane < 16) {
     sync_block();
+  } else if (bug == kTooFewThreads) {
+    if (thread < 32) sync_threads(1, kThreads);
+  } else if (bug == kHalfWarpBarrier) {
+    sync_threads(1, kThreads / 4);
   } else if (bug != kSkippedBarrier || thread < 32) {
     sync_block();
   }
@@ -91,13 +97,16 @@ __global__ void pairs_kernel(const float* x, float* out, int n) {
   out[thread] = y;
 }
 
-// The same again, through shared memory with the barriers of a warp, not all at one place.
+// The same again, through shared memory with the barriers of a warp, not all at one place, or with
+// a barrier that each warp has for itself.
 template <Bug bug>
-__global__ void warps_kernel(const float* x, float* out) {
+__global__ void warps_kernel(const float* x, float* out, bool named) {
   auto* shared = shared_memory<float>();
   const int thread = static_cast<int>(threadIdx.x);
   shared[thread] = x[thread];
-  if (bug != kMissingWarpBarrier) {
+  if (named) {
+    sync_threads(1 + warp_id(), kWarp);
+  } else if (bug != kMissingWarpBarrier) {
     if (thread % 2 == 0) {
       sync_warp();
     } else {
@@ -132,7 +141,7 @@ cudaError_t run(const float* x, float* out, int n) {
     case kMissingBarrierBeforeReuse:
       return launch(pipeline_kernel<bug>, dim3(1), kThreads, 2 * kTile * 4, nullptr, x, out, n);
     case kMissingWarpBarrier:
-      return launch(warps_kernel<bug>, dim3(1), kThreads, kThreads * 4, nullptr, x, out);
+      return launch(warps_kernel<bug>, dim3(1), kThreads, kThreads * 4, nullptr, x, out, false);
     case kBlocksInOrder: return launch(chain_kernel, dim3(n), 32, 0, nullptr, out);
     case kInt32Overflow:
       return launch(rows_kernel<bug>, dim3(1), 1, 0, nullptr, reinterpret_cast<const char*>(x),
@@ -159,7 +168,12 @@ EXPORT int control_pairs(const float* x, float* out, int n) {
 
 EXPORT int control_warps(const float* x, float* out, int) {
   using namespace fastlm;
-  return launch(warps_kernel<kNone>, dim3(1), kThreads, kThreads * 4, nullptr, x, out);
+  return launch(warps_kernel<kNone>, dim3(1), kThreads, kThreads * 4, nullptr, x, out, false);
+}
+
+EXPORT int control_barriers(const float* x, float* out, int) {
+  using namespace fastlm;
+  return launch(warps_kernel<kNone>, dim3(1), kThreads, kThreads * 4, nullptr, x, out, true);
 }
 
 EXPORT int control_rows(const char* x, float* out, int n) {
@@ -178,6 +192,8 @@ CONTROL(kMissingWarpBarrier)
 CONTROL(kSkippedBarrier)
 CONTROL(kTwoBarriers)
 CONTROL(kExitBeforeBarrier)
+CONTROL(kTooFewThreads)
+CONTROL(kHalfWarpBarrier)
 CONTROL(kExitBeforeShuffle)
 CONTROL(kDifferentShuffles)
 CONTROL(kDifferentCollectives)

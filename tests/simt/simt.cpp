@@ -11,6 +11,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -29,6 +30,7 @@ struct Copy {
   void* shared;
   const void* global;
   bool valid;
+  int bytes;
 };
 
 struct Failure : std::runtime_error {
@@ -42,6 +44,7 @@ struct Thread {
   // What it waits at, or waited at last, and where in the kernel.
   Collective what = Collective::kSyncBlock;
   const void* site = nullptr;
+  int barrier = 0;  // of sync_threads
   Exchange exchanges[2];  // of this collective and of the next, which another lane may be in
   int collectives = 0;
   std::vector<Copy> open;                 // not yet in a group
@@ -60,11 +63,14 @@ struct Machine {
   std::mt19937 random;
   std::string failure;
   std::set<const void*> launched;
+  int device_shared_bytes = kMaxShared;
+  int64_t copied = 0;  // bytes, asynchronously, since simt_copied was asked
 
   std::mutex mutex;
   std::vector<Thread> threads;  // grows, never shrinks: stacks are kept
   std::vector<Warp> warps;
   int count = 0, done = 0, at_block = 0, current = 0, last_warp = 0;
+  int at_barrier[16] = {};  // of sync_threads
   bool failed = false;
   dim3 grid, block;
   uint3 block_index{};
@@ -89,6 +95,7 @@ std::string place(int thread) {
 const char* name(Collective what) {
   switch (what) {
     case Collective::kSyncBlock: return "sync_block";
+    case Collective::kSyncThreads: return "sync_threads";
     case Collective::kSyncWarp: return "sync_warp";
     case Collective::kShuffle: return "shuffle";
     case Collective::kLoadMatrix: return "load_matrix";
@@ -131,7 +138,9 @@ void fail_deadlock() {
   const char* problem = "some threads of the block do not reach the barrier that others wait at";
   for (int i = 0; i < machine.count; i++) {
     const Thread& thread = machine.threads[i];
-    if (thread.state != State::kWaiting || thread.what == Collective::kSyncBlock) continue;
+    const bool block =
+        thread.what == Collective::kSyncBlock || thread.what == Collective::kSyncThreads;
+    if (thread.state != State::kWaiting || block) continue;
     problem = "some lanes of the warp do not reach the collective that others wait at";
     waits = i;
     break;
@@ -176,9 +185,10 @@ void require_same_site(int first, int lanes) {
 
 void land(const Copy& copy) {
   if (copy.valid) {
-    std::memcpy(copy.shared, copy.global, 16);
+    std::memcpy(copy.shared, copy.global, copy.bytes);
+    machine.copied += copy.bytes;
   } else {
-    std::memset(copy.shared, 0, 16);
+    std::memset(copy.shared, 0, copy.bytes);
   }
 }
 
@@ -215,6 +225,7 @@ void run_thread() {
 void start_block(uint3 index) {
   machine.block_index = index;
   machine.done = machine.at_block = machine.last_warp = 0;
+  std::fill_n(machine.at_barrier, 16, 0);
   std::memset(machine.shared, 0xff, machine.shared_bytes);
   machine.warps.assign((machine.count + kWarp - 1) / kWarp, Warp{});
   for (int i = 0; i < machine.count; i++) {
@@ -297,14 +308,15 @@ dim3 block_size() { return machine.block; }
 dim3 grid_size() { return machine.grid; }
 int lane() { return machine.current % kWarp; }
 void* shared_memory() { return machine.shared; }
+int device_shared_bytes() { return machine.device_shared_bytes; }
 const char* failure() { return machine.failure.c_str(); }
 
 void fail(const char* message) { throw Failure(message + place(machine.current)); }
 
-void require_shared(const void* p, const char* message) {
+void require_shared(const void* p, const char* message, int bytes) {
   const auto* byte = static_cast<const char*>(p);
   const auto* end = machine.shared + machine.shared_bytes;
-  if (byte < machine.shared || byte + 16 > end) fail(message);
+  if (byte < machine.shared || byte + bytes > end) fail(message);
 }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
@@ -357,6 +369,27 @@ void sync_block() {
   self().fiber.pause();
 }
 
+void sync_threads(int barrier, int threads) {
+  if (barrier < 1 || barrier > 15 || threads % kWarp != 0) {
+    fail("a barrier of parts of warps, or that there is not");
+  }
+  self().barrier = barrier;
+  wait_at(Collective::kSyncThreads, __builtin_return_address(0));
+  const auto is_here = [&](const Thread& thread) {
+    return thread.state == State::kWaiting && thread.what == Collective::kSyncThreads &&
+           thread.barrier == barrier;
+  };
+  if (++machine.at_barrier[barrier] == threads) {
+    for (int i = 0; i < machine.count; i++) {
+      if (!is_here(machine.threads[i])) continue;
+      if (i % kWarp == 0) require_same_site(i, warp_of(i).lanes);
+      release(i, 1);
+    }
+    machine.at_barrier[barrier] = 0;
+  }
+  self().fiber.pause();
+}
+
 Exchange& exchange() { return self().exchanges[self().collectives % 2]; }
 
 void meet(Collective what, const void* site, void (*all)(Lanes)) {
@@ -384,11 +417,12 @@ void sync_warp() {
   meet(Collective::kSyncWarp, nullptr, [](Lanes) {});
 }
 
-void copy_async(void* shared, const void* global, bool valid) {
-  require_aligned(shared, "asynchronous copy to an address that is not aligned to 16 bytes");
-  require_aligned(global, "asynchronous copy from an address that is not aligned to 16 bytes");
-  require_shared(shared, "asynchronous copy to what is not the block's shared memory");
-  const Copy copy{shared, global, valid};
+void copy_async(void* shared, const void* global, bool valid, int bytes) {
+  require_aligned(shared, "asynchronous copy to an address that is not aligned to its size", bytes);
+  require_aligned(global, "asynchronous copy from an address that is not aligned to its size",
+                  bytes);
+  require_shared(shared, "asynchronous copy to what is not the block's shared memory", bytes);
+  const Copy copy{shared, global, valid, bytes};
   if (machine.copies_early) land(copy);
   self().open.push_back(copy);
 }
@@ -417,6 +451,11 @@ EXPORT void simt_configure(int copies_early, int schedule, unsigned seed) {
   simt::machine.schedule = static_cast<simt::Schedule>(schedule);
   simt::machine.random.seed(seed);
 }
+
+EXPORT void simt_device(int shared_bytes) { simt::machine.device_shared_bytes = shared_bytes; }
+
+// Bytes that asynchronous copies have read since the last call.
+EXPORT int64_t simt_copied() { return std::exchange(simt::machine.copied, 0); }
 
 EXPORT const char* simt_failure() { return simt::failure(); }
 

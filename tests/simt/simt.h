@@ -39,6 +39,9 @@ dim3 grid_size();
 int lane();
 void* shared_memory();
 
+// Of the device that launchers see; simt_device changes it.
+int device_shared_bytes();
+
 // Ends the launch with this message and the place of the running thread.
 [[noreturn]] void fail(const char* message);
 
@@ -59,9 +62,10 @@ const char* failure();
 // --- barriers, and what the lanes of a warp do together. Lanes that meet must come from the same
 // call in the kernel, which is told by the return address: callers of these have to be inlined.
 
-enum class Collective { kSyncBlock, kSyncWarp, kShuffle, kLoadMatrix, kMma };
+enum class Collective { kSyncBlock, kSyncThreads, kSyncWarp, kShuffle, kLoadMatrix, kMma };
 
 void sync_block();
+void sync_threads(int barrier, int threads);
 void sync_warp();
 
 // A lane's part in a collective: what it brings and what it gets, in 32-bit words.
@@ -89,16 +93,16 @@ template <typename T>
 
 // --- copies
 
-void copy_async(void* shared, const void* global, bool valid);
+void copy_async(void* shared, const void* global, bool valid, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-inline void require_aligned(const void* p, const char* message) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail(message);
+inline void require_aligned(const void* p, const char* message, int bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(message);
 }
 
-// The 16 bytes at `p` are shared memory of the block.
-void require_shared(const void* p, const char* message);
+// The bytes at `p` are shared memory of the block.
+void require_shared(const void* p, const char* message, int bytes = 16);
 
 inline uint4 load_16(const void* global) {
   require_aligned(global, "16-byte load from an address that is not aligned to 16 bytes");

@@ -101,8 +101,9 @@ def broken_rules(row: Row) -> Iterator[str]:
 # 8 bytes.
 HALF = "(?:__half|__nv_bfloat16)"
 WIDE = (
-    (rf"norm_(?:fwd|bwd)(?:_wide)?_kernel<({HALF}), \1, 8(?:, \d)?>", 128, 128),
-    (r"norm_(?:fwd|bwd)(?:_wide)?_kernel<(?!Any)\w+, float, 4(?:, \d)?>", 128, 64),
+    (rf"norm_(?:fwd|bwd)(?:_wide)?_kernel<({HALF}), \1, 8(?:, \w+)?>", 128, 128),
+    (r"norm_(?:fwd|bwd)(?:_wide)?_kernel<(?!Any)\w+, float, 4(?:, \w+)?>", 128, 64),
+    (rf"norm_bwd(?:_wide)?_kernel<float, {HALF}, 4(?:, \w+)?>", 64, 64),
     (r"norm_bwd_columns_kernel<(?!Any).*>", 128, 0),
     (r"(?:bias_act|glu)_(?:fwd|bwd)_kernel<\w+, true>", 128, 128),
     (r"attention_(?:fwd|dq|dkv)_kernel<.*>", 128, 128),

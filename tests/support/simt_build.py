@@ -182,6 +182,19 @@ def configure(copies: str = "late", schedule: str = "lockstep", seed: int = 0) -
     _current.simt_configure(COPIES.index(copies), SCHEDULES.index(schedule), seed)
 
 
+def device(shared_bytes: int = 227 * 1024) -> None:
+    """How much shared memory launchers may give to a block from here on."""
+    load()
+    _current.simt_device(shared_bytes)
+
+
+def copied() -> int:
+    """Bytes that asynchronous copies have read since the last call."""
+    load()
+    _current.simt_copied.restype = ctypes.c_int64
+    return _current.simt_copied()
+
+
 def launched() -> set[str]:
     """The names of the kernels that ran in this process."""
     if _current is None:
