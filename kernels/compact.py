@@ -155,6 +155,10 @@ def _matmul_kernel(
         first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
         blocks_k = tl.cdiv(K, BLOCK_K)
         low, high = 0, blocks_k
+        if not ALONG_ROWS:
+            # Not empty, and known not to be: the zeros of an empty loop would be moved into the
+            # sums of wgmmas, each of which then waits for the one before it (ptxas of Triton 3.6).
+            high = tl.maximum(blocks_k, 1)
         if SPLITS > 1:
             per_split = tl.cdiv(blocks_k, SPLITS)
             low = split * per_split
