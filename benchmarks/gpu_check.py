@@ -178,7 +178,7 @@ def smallest(device: str = "cuda") -> None:
     from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
     t, both = _calls("triton", device)
-    for cols in (33, 48, 8200, 16400):
+    for cols in (33, 48, 8200, 8208, 16400):
         block = {"residual": t(3, cols), "dropout_p": 0.5, "seed": 1, "prenorm": True}
         both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
         both(fastlm.rms_norm, t(3, cols), t(cols), casting="gemma")
