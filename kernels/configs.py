@@ -1,8 +1,8 @@
 """Launch configurations as data: frozen dataclasses in tables keyed by (target, head dim or width).
 
 No `@triton.autotune`: it cannot run without a GPU, it stalls first calls, and it makes numerics
-depend on timing. `benchmarks/tune.py` prints rows for these tables. Every launch asks for fused
-multiply-adds by name, since Triton's default changes in 3.10.
+depend on timing. `benchmarks/tune.py` finds rows for these tables, and puts them there. Every
+launch asks for fused multiply-adds by name, since Triton's default changes in 3.10.
 """
 
 from __future__ import annotations
@@ -460,7 +460,8 @@ def epilogue_config(which: str, device: torch.device, aligned: bool) -> Epilogue
 
 # (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
 # least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits
-# into holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): every call goes by "cublas".
+# into holds. Empty until a GPU has timed them (`benchmarks/tune.py ffn`): every call goes by
+# "cublas".
 _FFN_WAYS: dict[tuple[str, str, bool], tuple[tuple[int, int, int, str], ...]] = {}
 
 

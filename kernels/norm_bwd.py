@@ -180,8 +180,11 @@ def _norm_bwd_parts_kernel(
     stride_dym, stride_dzm, stride_zm, M, N, threshold: tl.uint32, scale,
     KIND: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`_norm_bwd_kernel` for one row at a time, in PARTS blocks of columns that stay in registers:
-    rows that a power of two would pad by too many."""
+    """`_norm_bwd_kernel` for one row at a time, in PARTS blocks of columns that stay in registers
+    with their sums: one tile of a power of two of columns would not.
+
+    All blocks but the last are whole, and need no mask.
+    """
     pid = tl.program_id(0).to(tl.int64)
     there = tl.full([1], True, tl.int1)
     dweights, dbiases = (), ()
