@@ -204,7 +204,7 @@ def _matmul_kernel(
                 stride_a, stride_b, stride_c, stride_split, M, N, K, ROWS,
                 ALONG_ROWS, TRANS_B, ACCUMULATE, SPLITS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-    elif tl.program_id(0) < tiles * SPLITS:
+    elif tl.program_id(0) < tiles * SPLITS or (ALONG_ROWS and not ACCUMULATE):  # has all tiles
         _matmul_tile(
             tl.program_id(0), tiles, left, a_desc, b_desc, a_ptr, b_ptr, c_ptr, bias_ptr,
             stride_a, stride_b, stride_c, stride_split, M, N, K, ROWS,
