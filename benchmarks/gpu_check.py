@@ -2,6 +2,7 @@
 
     make gpu-check PYTHON=python3
     python benchmarks/gpu_check.py --only wrappers memcheck    # some steps alone
+    python benchmarks/gpu_check.py --only tune                 # a step that runs by its name alone
 
 In this order, and on to the next step where one fails:
   1. build: the CUDA C++ library for this checkout, where it is not built yet;
@@ -11,7 +12,9 @@ In this order, and on to the next step where one fails:
   5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer, if installed,
      CUDA C++ (-cuda) and Triton (-triton);
   6. benchmarks: every operator against torch and the peers that are installed, each provider
-     checked before it is timed.
+     checked before it is timed;
+  7. tune, where `--only` names it: launch configurations and the ways of the feed-forward, seven
+     minutes; picks.json is what `benchmarks/tune.py apply` puts into the tables.
 Writes results.json (device, driver, versions, commit, steps), one log a step, and the benchmarks'
 tables as CSV. Where pytest-xdist is installed, tests run side by side, as many as there are cores:
 most of their time is compiling.
@@ -50,6 +53,7 @@ class Step:
     status: str = "not run"  # then passed, failed or missing
     seconds: float = 0.0
     summary: str = ""  # the last line it printed
+    optional: bool = False  # runs where it is asked for by name
 
 
 def missing() -> list[str]:
@@ -115,6 +119,8 @@ def steps(out: Path, quick: bool) -> list[Step]:
             for impl in SMALLEST
         ),
         *benchmarks,
+        Step("tune", [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "all",
+                      "--json", str(out / "picks.json")], optional=True),
     ]  # fmt: skip
 
 
@@ -178,7 +184,7 @@ def smallest(device: str = "cuda") -> None:
     from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
     t, both = _calls("triton", device)
-    for cols in (33, 48, 8200, 16400):
+    for cols in (33, 48, 8200, 8208, 16400):
         block = {"residual": t(3, cols), "dropout_p": 0.5, "seed": 1, "prenorm": True}
         both(fastlm.layer_norm, t(3, cols), t(cols), t(cols), **block)
         both(fastlm.rms_norm, t(3, cols), t(cols), casting="gemma")
@@ -265,7 +271,8 @@ def main() -> int:
     parser.add_argument("--smallest", choices=SMALLEST, help="only the calls of step 5")
     options = parser.parse_args()
     every = steps(options.out, options.quick)
-    chosen = [step for step in every if options.only is None or step.name in options.only]
+    chosen = [step for step in every if step.name in (options.only or ()) or
+              (options.only is None and not step.optional)]  # fmt: skip
     if unknown := set(options.only or ()) - {step.name for step in every}:
         names = ", ".join(step.name for step in every)
         print(f"gpu-check: --only takes {names}, got {', '.join(sorted(unknown))}", file=sys.stderr)

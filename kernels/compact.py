@@ -20,6 +20,7 @@ from fastlm.kernels.configs import (
     ceil_div,
     dot_precision,
     matmul_splits,
+    multiprocessors,
     next_power_of_2,
     row_padding,
 )
@@ -120,71 +121,95 @@ def _load_tile(
 
 
 @triton.jit
+def _matmul_tile(
+    tile, tiles, left, a_desc, b_desc, a_ptr, b_ptr, c_ptr, bias_ptr,
+    stride_a, stride_b, stride_c, stride_split, M, N, K, ROWS,
+    ALONG_ROWS: tl.constexpr, TRANS_B: tl.constexpr, ACCUMULATE: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one part of a product, see `_matmul_kernel`; `left` is M or, ALONG_ROWS, K."""
+    split = 0
+    if ALONG_ROWS:
+        K = left
+        blocks_n = tl.cdiv(N, BLOCK_N)
+        pid_m, pid_n = tile // blocks_n, tile % blocks_n
+    else:
+        M = left
+        split = tile // tiles
+        tile -= split * tiles
+        blocks_m = tl.cdiv(M, BLOCK_M)
+        pid_m, pid_n = tile % blocks_m, tile // blocks_m
+    first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    low, high = 0, blocks_k
+    if not ALONG_ROWS:
+        # Not empty, and known not to be: the zeros of an empty loop would be moved into the sums of
+        # wgmmas, each of which then waits for the one before it (ptxas of Triton 3.6).
+        high = tl.maximum(blocks_k, 1)
+    if SPLITS > 1:
+        per_split = tl.cdiv(blocks_k, SPLITS)
+        low = split * per_split
+        high = tl.minimum(low + per_split, blocks_k)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(low, high):
+        k = block * BLOCK_K
+        if ALONG_ROWS:  # behind the last row are zeros up to the next multiple of `row_padding`
+            a = _load_tile(a_desc, a_ptr, k, first_m, stride_a, ROWS, M, BLOCK_K, BLOCK_M)
+            a = tl.trans(a)
+            b = _load_tile(b_desc, b_ptr, k, first_n, stride_b, ROWS, N, BLOCK_K, BLOCK_N)
+        else:
+            a = _load_tile(a_desc, a_ptr, first_m, k, stride_a, ROWS, K, BLOCK_M, BLOCK_K)
+            if TRANS_B:
+                b = _load_tile(b_desc, b_ptr, first_n, k, stride_b, N, K, BLOCK_N, BLOCK_K)
+                b = tl.trans(b)
+            else:
+                b = _load_tile(b_desc, b_ptr, k, first_n, stride_b, K, N, BLOCK_K, BLOCK_N)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    c = c_ptr + tl.cast(split, tl.int64) * stride_split if SPLITS > 1 else c_ptr
+    c += (rows.to(tl.int64) * stride_c)[:, None] + cols[None, :]
+    if ACCUMULATE:
+        acc += tl.load(c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _matmul_kernel(
     a_desc, b_desc, a_ptr, b_ptr, c_ptr, bias_ptr, count_ptr,
     stride_a, stride_b, stride_c, stride_split, M, N, K, first, ROWS,
     ALONG_ROWS: tl.constexpr, TRANS_B: tl.constexpr, ACCUMULATE: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDED: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one part of a product with kept rows alone: c, or c + it.
+    """Tiles of parts of a product with kept rows alone: c, or c + it. One a program or, STRIDED,
+    strided over programs; FLATTEN: in one pipeline, which loads the next tile during an epilogue.
 
     Not ALONG_ROWS: c (M, N) = a (M, K) b, where M is at most ROWS; b is (N, K) with TRANS_B, else
     (K, N). ALONG_ROWS: c (M, N) = a^T b, a is (K, M), b (K, N), and K is at most ROWS. Rows are
     counted from `first`. Tiles that share the larger operand's tile are neighbours.
     """
     left = rows_left(count_ptr, first, ROWS)
-    pid = tl.program_id(0)
-    if ALONG_ROWS:
-        K = left
-        blocks_n = tl.cdiv(N, BLOCK_N)
-        split = 0
-        pid_m, pid_n = pid // blocks_n, pid % blocks_n
-        works = pid_m * BLOCK_M < M
-        if ACCUMULATE:
-            works = left > 0
-    else:
-        M = left
-        blocks_m = tl.cdiv(M, BLOCK_M)
-        tiles = blocks_m * tl.cdiv(N, BLOCK_N)
-        works = pid < tiles * SPLITS
-        split = pid // tl.maximum(tiles, 1)
-        pid = pid - split * tiles
-        pid_m, pid_n = pid % tl.maximum(blocks_m, 1), pid // tl.maximum(blocks_m, 1)
-    if works:
-        first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-        blocks_k = tl.cdiv(K, BLOCK_K)
-        low, high = 0, blocks_k
-        if SPLITS > 1:
-            per_split = tl.cdiv(blocks_k, SPLITS)
-            low = split * per_split
-            high = tl.minimum(low + per_split, blocks_k)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for block in range(low, high):
-            k = block * BLOCK_K
-            if (
-                ALONG_ROWS
-            ):  # rows behind the last are zeros up to the next multiple of `row_padding`
-                a = _load_tile(a_desc, a_ptr, k, first_m, stride_a, ROWS, M, BLOCK_K, BLOCK_M)
-                a = tl.trans(a)
-                b = _load_tile(b_desc, b_ptr, k, first_n, stride_b, ROWS, N, BLOCK_K, BLOCK_N)
-            else:
-                a = _load_tile(a_desc, a_ptr, first_m, k, stride_a, ROWS, K, BLOCK_M, BLOCK_K)
-                if TRANS_B:
-                    b = _load_tile(b_desc, b_ptr, first_n, k, stride_b, N, K, BLOCK_N, BLOCK_K)
-                    b = tl.trans(b)
-                else:
-                    b = _load_tile(b_desc, b_ptr, k, first_n, stride_b, K, N, BLOCK_K, BLOCK_N)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        c = c_ptr + tl.cast(split, tl.int64) * stride_split if SPLITS > 1 else c_ptr
-        c += (rows.to(tl.int64) * stride_c)[:, None] + cols[None, :]
-        if ACCUMULATE:
-            acc += tl.load(c, mask=mask, other=0.0).to(tl.float32)
-        tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=mask)
+    tiles = tl.cdiv(M if ALONG_ROWS else left, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if ACCUMULATE:
+        tiles = tl.where(left > 0, tiles, 0)
+    if STRIDED:
+        for tile in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=FLATTEN):
+            _matmul_tile(
+                tile, tiles, left, a_desc, b_desc, a_ptr, b_ptr, c_ptr, bias_ptr,
+                stride_a, stride_b, stride_c, stride_split, M, N, K, ROWS,
+                ALONG_ROWS, TRANS_B, ACCUMULATE, SPLITS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    elif tl.program_id(0) < tiles * SPLITS or (ALONG_ROWS and not ACCUMULATE):  # has all tiles
+        _matmul_tile(
+            tl.program_id(0), tiles, left, a_desc, b_desc, a_ptr, b_ptr, c_ptr, bias_ptr,
+            stride_a, stride_b, stride_c, stride_split, M, N, K, ROWS,
+            ALONG_ROWS, TRANS_B, ACCUMULATE, SPLITS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -327,8 +352,9 @@ def _launch(
     if trans_b:
         block_b = block_b[::-1]
     descriptors = _descriptors((a, block_a), (b, block_b)) if config.tma else (None, None)
-    grid = (ceil_div(M, config.block_m) * ceil_div(N, config.block_n) * splits,)
-    _matmul_kernel[grid](
+    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n) * splits
+    programs = min(tiles, config.programs * multiprocessors(a.device)) or tiles
+    _matmul_kernel[(programs,)](
         *descriptors, a, b, c, bias, count,
         a.stride(0), b.stride(0), c.stride(-2), c.stride(0) if c.dim() == 3 else 0,
         M, N, K, first, rows,

@@ -1,8 +1,8 @@
 """Launch configurations as data: frozen dataclasses in tables keyed by (target, head dim or width).
 
 No `@triton.autotune`: it cannot run without a GPU, it stalls first calls, and it makes numerics
-depend on timing. `benchmarks/tune.py` prints rows for these tables. Every launch asks for fused
-multiply-adds by name, since Triton's default changes in 3.10.
+depend on timing. `benchmarks/tune.py` finds rows for these tables, and puts them there. Every
+launch asks for fused multiply-adds by name, since Triton's default changes in 3.10.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class RowConfig:
 
 # Widest row that stays in registers: 32 fp32 values a thread at 8 warps.
 WIDEST_ROW = 8192
+# Widest row that a norm reads once.
+WIDEST_NORM = 16384
 
 
 @functools.cache
@@ -68,53 +70,88 @@ def row_config(cols: int) -> RowConfig:
     return RowConfig(block_m, block_n, 4 if block_n <= 4096 else 8)
 
 
-def wide_row_config(cols: int, itemsize: int, device: torch.device) -> RowConfig:
-    """The backward pass of rows past `WIDEST_ROW`: up to 16,384 columns one tile, read once. Wider
-    ones are read twice: one at a time on a multiprocessor, so that the L2 cache has the second.
-
-    Args:
-        itemsize: bytes of the widest element that is read.
-    """
-    warps = 16 if cols <= 16384 and itemsize <= 2 else 32
-    return RowConfig(1, 16384, min(warps, 16 if target(device) == "gfx942" else 32))
-
-
 @dataclass(frozen=True)
-class NormBwdConfig(RowConfig):
-    """programs: on a multiprocessor, each of which leaves a row of partial sums. ahead: a tile is
-    loaded while the one before it is in work. registers: at most so many a thread, or 0."""
+class NormConfig(RowConfig):
+    """A pass of a norm.
 
-    programs: int
-    ahead: bool
+    programs: on a multiprocessor, over which tiles are strided; 0: every tile has its own. stages:
+    of the loop over tiles, which loads as many but one ahead, into shared memory. ahead: a tile is
+    loaded ahead into registers. registers: at most so many a thread, or 0.
+    """
+
+    programs: int = 0
+    stages: int = 1
+    ahead: bool = False
     registers: int = 0
 
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
         most = {"maxnreg": self.registers} if self.registers else {}
-        return dict(BLOCK_N=self.block_n, num_warps=self.num_warps, enable_fp_fusion=True, **most)
+        return dict(
+            BLOCK_N=self.block_n, STAGES=self.stages, num_warps=self.num_warps,
+            enable_fp_fusion=True, **most,
+        )  # fmt: skip
+
+
+# (target, pass, itemsize, columns rounded up to a power of two, at most 32,768) -> the fields of a
+# `NormConfig` that a GPU found faster than the rules below. Empty until one has.
+_NORM: dict[tuple[str, str, int, int], tuple[int | bool, ...]] = {}
 
 
 @functools.cache
-def norm_bwd_config(cols: int, itemsize: int, device: torch.device) -> NormBwdConfig:
-    """The backward pass of norms. Up to `WIDEST_ROW` columns 16 warps run on a multiprocessor, with
-    up to 16 values a thread, and as many programs as that are; as halves they have 32 KB (narrow
-    rows 16 KB) on their way while they work.
+def norm_config(
+    which: str, cols: int, itemsize: int, bias: bool, dropout: bool, device: torch.device
+) -> NormConfig:
+    """A pass of norms, "fwd" or "bwd".
 
     Args:
-        itemsize: as in `wide_row_config`, whose tiles wider rows have.
+        itemsize: bytes of the widest element that the pass reads.
+        bias: bias takes part; backward, its gradient does.
     """
     name = target(device)
+    # Of rows past `WIDEST_ROW`, those that leave room for addresses, and nothing else, in
+    # registers: 48 values a thread beside sums for both vectors, 64 beside one or, forward, none.
+    widest = 12288 if which == "bwd" and bias else WIDEST_NORM
+    roomy = cols <= widest and itemsize <= 2 and cols % 16 == 0 and not dropout
+    row = _NORM.get((name, which, itemsize, min(next_power_of_2(cols), 2 * WIDEST_NORM)))
+    if row is not None and (roomy or not WIDEST_ROW < cols <= WIDEST_NORM):
+        return NormConfig(*row)
+    return (_norm_fwd if which == "fwd" else _norm_bwd)(cols, itemsize, roomy, name)
+
+
+def _norm_fwd(cols: int, itemsize: int, roomy: bool, name: str) -> NormConfig:
+    """A program a tile. Past `WIDEST_ROW` columns one tile, 32 values a thread, takes most of a
+    multiprocessor's registers: the next two are on their way to shared memory. Where there is no
+    room for that a row is read twice, in blocks."""
+    if roomy and cols > WIDEST_ROW:
+        strided = {"gfx942": (), "sm_80": (1, 2)}.get(name, (1, 3))
+        return NormConfig(1, WIDEST_NORM, 16, *strided)
+    config = row_config(cols)
+    return NormConfig(config.block_m, config.block_n, config.num_warps)
+
+
+def _norm_bwd(cols: int, itemsize: int, roomy: bool, name: str) -> NormConfig:
+    """Up to `WIDEST_ROW` columns 16 warps run on a multiprocessor, with up to 16 values a thread,
+    and as many programs as that are; as halves they have 32 KB (narrow rows 16 KB) on their way
+    while they work.
+
+    Wider rows, where there is room, have one program a multiprocessor. Else they have a program
+    each, and dweight has a kernel of its own; those past `WIDEST_NORM` are read twice, one at a
+    time on a multiprocessor, so that the L2 cache has the second.
+    """
+    amd = name == "gfx942"
     if cols > WIDEST_ROW:
-        wide = wide_row_config(cols, itemsize, device)
-        programs = 32 if name == "cpu" else 8
-        return NormBwdConfig(wide.block_m, wide.block_n, wide.num_warps, programs, False)
-    block_n, amd = row_config(cols).block_n, name == "gfx942"
+        if roomy and not amd:
+            return NormConfig(1, 2048, 8, 1, 1 if name == "sm_80" else 2)
+        warps = 16 if amd or (cols <= WIDEST_NORM and itemsize <= 2) else 32
+        return NormConfig(1, WIDEST_NORM, warps)
+    block_n = row_config(cols).block_n
     block_m = 1 if block_n > 4096 else min(max((2048 if amd else 1024) // block_n, 2), 16)
     warps = max(block_m * block_n // (1024 if amd else 512), 4)
     programs = 1 if name == "cpu" else 16 // warps  # in the interpreter, loops really loop
     # What is ahead takes registers: no room beside addresses of single elements, or fp32.
     ahead = itemsize <= 2 and cols % 16 == 0 and not amd
-    return NormBwdConfig(block_m, block_n, warps, programs, ahead, 0 if amd else 128)
+    return NormConfig(block_m, block_n, warps, programs, 1, ahead, 0 if amd else 128)
 
 
 @functools.cache
@@ -230,13 +267,16 @@ def arithmetic(name: str, dtype: torch.dtype, unit: int) -> str:
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tiles of `block_m` by `block_n`, `block_k` deep; tma: see `AttentionConfig`."""
+    """Tiles of `block_m` by `block_n`, `block_k` deep; tma: see `AttentionConfig`. programs and
+    flatten: see `EpilogueConfig`; 0 programs, every tile has its own."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    programs: int = 0
+    flatten: bool = False
     tma: bool = False
 
     def options(self) -> dict[str, int]:
@@ -245,6 +285,8 @@ class MatmulConfig:
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
+            "STRIDED": self.programs > 0,
+            "FLATTEN": self.flatten,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
@@ -418,7 +460,8 @@ def epilogue_config(which: str, device: torch.device, aligned: bool) -> Epilogue
 
 # (target, operator, whether the hidden layer is kept for a backward pass) -> rows of (least rows,
 # least hidden_dim, most dim, way), see fastlm/ops/_ffn_matmul.py: the first row that a call fits
-# into holds. Empty until a GPU has timed them (`benchmarks/ffn.py`): every call goes by "cublas".
+# into holds. Empty until a GPU has timed them (`benchmarks/tune.py ffn`): every call goes by
+# "cublas".
 _FFN_WAYS: dict[tuple[str, str, bool], tuple[tuple[int, int, int, str], ...]] = {}
 
 

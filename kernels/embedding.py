@@ -119,8 +119,8 @@ def _embedding_fwd_kernel(
         else:
             y = y - tl.load(mean_ptr + rows, mask=mask_m, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-        y = _scale_shift(y * rstd[:, None], weight_ptr, bias_ptr, cols, mask_n,
-                         token_ptr.dtype.element_ty, 0)  # fmt: skip
+        y = _scale_shift(y * rstd[:, None], None, None, weight_ptr, bias_ptr, cols,
+                         mask_n, token_ptr.dtype.element_ty, 0)  # fmt: skip
     if seed_ptr is not None:
         keep = dropout_keep(tl.load(seed_ptr), threshold, 0, 0, rows, first_col, BLOCK_N)
         y = tl.where(keep, y * scale, 0.0)

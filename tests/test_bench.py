@@ -312,7 +312,7 @@ def test_script_measures_without_a_gpu(monkeypatch, tmp_path, capsys):
 def test_tune_prints_what_is_fastest_and_restores(monkeypatch):
     """The sweep itself, on the interpreter: candidates reach the launcher and are checked."""
     import fastlm
-    from fastlm.kernels import norm
+    from fastlm.kernels import configs, norm
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
     tune = load("tune")
@@ -320,15 +320,15 @@ def test_tune_prints_what_is_fastest_and_restores(monkeypatch):
     case = norm_case()
     case.providers["fastlm-triton"] = lambda **x: fastlm.layer_norm(**x, impl="triton")
     del case.providers["fastlm-torch"]
-    original, seen = norm.row_config, []
+    original, seen = norm.norm_config, []
 
     def choose(original, config):
-        return lambda cols: seen.append(config) or config
+        return lambda *call: seen.append(config) or config
 
-    candidates = [tune.RowConfig(8, 64, 4), tune.RowConfig(4, 64, 4)]
-    best = tune.sweep(case, "forward", "norm", "row_config", choose, candidates)
+    candidates = [configs.NormConfig(8, 64, 4), configs.NormConfig(4, 64, 4)]
+    best = tune.sweep(case, "forward", "norm", "norm_config", choose, candidates)
     assert {result.config for result in best} == set(candidates) == set(seen)
     assert [r.median_ms for r in best] == sorted(r.median_ms for r in best)
-    assert norm.row_config is original
+    assert norm.norm_config is original
     assert all(c.block_m * c.block_n <= 16384 for c in tune.row_candidates(4096))
     assert len(list(tune.attention_candidates())) > 50

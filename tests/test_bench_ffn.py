@@ -1,8 +1,5 @@
 """The feed-forward's benchmark: its ways, its floors, the sweep of its products' configurations."""
 
-from argparse import Namespace
-from functools import partial
-
 import pytest
 import torch
 from benching import CPU, SCRIPTS, load, run_quickly, small_shapes  # noqa: F401
@@ -10,7 +7,6 @@ from benching import CPU, SCRIPTS, load, run_quickly, small_shapes  # noqa: F401
 from fastlm import shapes
 from fastlm.bench.cases import ffn_case, gated_case
 from fastlm.bench.machine import Ceilings
-from fastlm.kernels import configs
 
 SHAPE = shapes.FfnShape(24, 16, 40)
 WAYS = ["cublas", "epilogue", "cublaslt"]
@@ -74,44 +70,3 @@ def test_floors_count_what_each_way_moves(script):
             flops = 2 * 24 * 16 * 40 * products * passes
             assert f"products {flops:.3f} ms" in line
             assert f"cublas {cublas * hidden:.3f}, epilogue {epilogue * hidden:.3f}" in line
-
-
-@pytest.mark.parametrize("part", ["up", "gated_up", "down", "gated_down"])
-def test_tune_sweeps_a_product(part, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    tune = load("tune")
-    monkeypatch.setattr(tune.os, "cpu_count", lambda: 1)  # the interpreter takes one launch at once
-    monkeypatch.setattr("fastlm.bench.timing._MAX_SAMPLES", 2)
-    wanted = [configs.EpilogueConfig(16, 16, 16, 4, 1), configs.EpilogueConfig(32, 16, 16, 4, 1)]
-    wrong = configs.EpilogueConfig(16, 24, 16, 4, 1)  # no power of two
-    monkeypatch.setattr(tune, "matmul_candidates", lambda *_: [*wanted, wrong])
-    args = Namespace(part=[part], dim=[8], tokens=20)
-    library, *lines = tune.tune_ffn(args, CPU, torch.float16)
-    assert library.startswith(f"{part} of dim 8 by the library and one kernel: ")
-    assert len(lines) == 2 and all(
-        line.startswith(f"_EPILOGUE['cpu']['{part}']: (") for line in lines
-    )
-    assert capsys.readouterr().err.count("left out") == 1
-
-
-def test_tune_checks_a_product(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    tune = load("tune")
-    for part in ("up", "gated_up", "down", "gated_down"):
-        call = tune.FfnCall(part, 20, 8, CPU, torch.float16)
-        call.check()
-        right = call.run()
-        for i in range(len(right)):
-            wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
-            monkeypatch.setattr(call, "run", partial(tuple, wrong))
-            with pytest.raises(AssertionError, match=f"{part} {i}: error"):
-                call.check()
-
-
-@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("part", ["up", "gated_up", "down", "gated_down"])
-def test_tune_tries_a_few_dozen_configurations(part, name, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    candidates = list(load("tune").matmul_candidates(part, name))
-    assert len(set(candidates)) == len(candidates) == 30
-    assert all(c.tma == (name == "sm_90") for c in candidates)

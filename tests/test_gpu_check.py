@@ -53,7 +53,9 @@ def test_steps_begin_with_the_build_and_conformance(gpu_check, tmp_path):
         "gpu",
         *sanitizers,
         "bench",
+        "tune",
     ]
+    assert [s.name for s in steps if s.optional] == ["tune"]
     assert Path(steps[0].command[-1]).is_file() and Path(steps[1].command[-1]).is_file()
     files = [Path(word).name for word in steps[2].command if word.endswith(".py")]
     assert {"test_norm.py", "test_attention.py", "test_ffn.py", "test_loss.py"} <= set(files)

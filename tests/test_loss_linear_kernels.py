@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -123,6 +124,19 @@ def test_kernels_any_number_of_kept_rows(kept, small_chunks, device):
     order = torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(device)
     inputs["target"] = torch.where(inputs["target"] < 0, 5, inputs["target"])
     inputs["target"][order[kept:]] = -100
+    run_oracle(inputs)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 70], ids=str)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_kernels_strided_products(flatten, kept, small_chunks, device, monkeypatch):
+    """Programs that take several tiles, of as many as there are kept rows for."""
+    original = configs.matmul_config
+    strided = lambda *call: replace(original(*call), programs=1, flatten=flatten)
+    monkeypatch.setattr(linear_loss, "matmul_config", strided)
+    inputs = head_inputs(70, 45, 37, torch.bfloat16, device, bias=torch.bfloat16)
+    inputs["target"] = torch.where(inputs["target"] < 0, 5, inputs["target"])
+    inputs["target"][kept:] = -100
     run_oracle(inputs)
 
 

@@ -2,12 +2,14 @@
 
 import itertools
 import re
+from dataclasses import astuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.kernels import configs, norm, norm_bwd
 from fastlm.reference import norm as reference
 from fastlm.shapes import NORM_LARGE, NORM_SMALL
 from fastlm.testing import (
@@ -236,6 +238,7 @@ def test_layer_norm_frozen_inputs(frozen, impl, device):
 
 @pytest.mark.parametrize("cols,kernels", [
     (24, ["norm_bwd_kernel"]), (8200, ["norm_bwd_wide_kernel", "norm_dweight_kernel"]),
+    (8208, ["norm_bwd_parts_kernel"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("frozen", [(), ("bias",), ("x", "residual"), ("weight", "bias")], ids=str)
 def test_layer_norm_launches(frozen, cols, kernels, device, launches):
@@ -257,6 +260,59 @@ def test_layer_norm_many_tiles(dtype, rows, cols, impl, device):
     """In the interpreter: programs and groups of several tiles each, the last ones without rows."""
     inputs = norm_inputs("layer_norm", rows, cols, dtype, device, residual=True)
     run_oracle("layer_norm", impl, inputs, prenorm=True)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_rms_norm_wider_than_room_for_a_bias(impl, device):
+    inputs = norm_inputs("rms_norm", 5, 12304, torch.bfloat16, device, residual=True)
+    run_oracle("rms_norm", impl, inputs, prenorm=True)
+
+
+# (pass, fields of its configuration): every loop and every kernel at 48 columns.
+CONFIGURATIONS = [
+    ("fwd", (4, 64, 4, 1, 1)), ("fwd", (4, 64, 4, 1, 3)), ("fwd", (1, 64, 4, 2, 2)),
+    ("fwd", (1, 16, 4, 0, 2)),
+    ("bwd", (4, 64, 4, 1, 1, True)), ("bwd", (4, 64, 4, 1, 3)), ("bwd", (1, 64, 4, 2, 2)),
+    ("bwd", (1, 16, 4, 1, 1)), ("bwd", (1, 32, 4, 2, 2)),
+    ("bwd", (1, 64, 4)), ("bwd", (1, 16, 4, 0, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("which,config", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_configurations(op, dtype, which, config, device, monkeypatch):
+    """Those of tables to come too, with several tiles a program, the last one without all rows."""
+    module = {"fwd": norm, "bwd": norm_bwd}[which]
+    asked = []
+
+    def norm_config(asks, *call):
+        asked.append(asks)
+        return configs.NormConfig(*config)
+
+    monkeypatch.setattr(module, "norm_config", norm_config)
+    inputs = norm_inputs(op, 50, 48, dtype, device, residual=True)
+    run_oracle(op, "triton", inputs, dropout_p=0.3, prenorm=True)
+    run_oracle(op, "triton", norm_inputs(op, 50, 48, dtype, device))
+    assert set(asked) == {which}
+
+
+def test_norm_table_holds_where_registers_allow(monkeypatch):
+    """What was found for a row of halves is not taken for calls with more in registers."""
+    monkeypatch.setattr(configs, "target", lambda device: "sm_90")
+    found = configs.NormConfig(1, 2048, 8, 1, 3)
+    keys = [("sm_90", which, 2, 16384) for which in ("fwd", "bwd")]
+    monkeypatch.setattr(configs, "_NORM", dict.fromkeys(keys, astuple(found)))
+    ask = lambda *call: configs.norm_config.__wrapped__(*call, torch.device("cuda"))
+    for which in ("fwd", "bwd"):
+        assert ask(which, 12288, 2, True, False) == found
+        assert ask(which, 16384, 2, False, False) == found
+        for call in (
+            (12288, 2, True, True), (12288, 4, True, False), (12296, 2, True, False),
+            (16400, 2, True, False),
+        ):  # fmt: skip
+            assert ask(which, *call) != found
+    assert ask("bwd", 12304, 2, True, False) != found
 
 
 @pytest.mark.parametrize("impl", KERNELS)

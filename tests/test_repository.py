@@ -333,8 +333,9 @@ except RuntimeError as error:
 # Of triton.language, what Triton 3.6 has, the oldest that we support, and we use.
 TRITON_3_6 = """
 abs arange bfloat16 cast cdiv constexpr cumsum device_assert dot erf exp exp2 float16 float32 fma
-full int16 int32 int64 join load log log2 max maximum min minimum num_programs philox program_id
-range reshape rsqrt split static_assert static_range store sum trans uint32 where zeros zeros_like
+full int1 int16 int32 int64 join load log log2 max maximum min minimum num_programs philox
+program_id range reshape rsqrt split static_assert static_range store sum trans uint32 where zeros
+zeros_like
 """
 
 

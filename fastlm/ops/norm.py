@@ -86,9 +86,9 @@ def norm_bwd(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastlm.kernels import norm
+    from fastlm.kernels import norm_bwd
 
-    return norm.norm_bwd(
+    return norm_bwd.norm_bwd(
         dy, dz, z, weight, mean, rstd, seed, dropout_p, kind, dz_dtype, dx_dtype, dweight_dtype,
         dbias_dtype,
     )  # fmt: skip

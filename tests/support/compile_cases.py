@@ -82,7 +82,9 @@ def norm() -> Iterator[Case]:
     yield case("layer-block-aligned", 4096, 12288, "bf16", **block)
     yield case("layer-block-aligned", 4096, 12288, "fp32", **block)
     yield case("layer-wide-aligned", 512, 65536, "bf16")
+    yield case("layer-residual-aligned", 4096, 12288, "bf16", residual=True, prenorm=True)
     yield case("rms-aligned", 4096, 4096, "bf16")
+    yield case("rms-residual-aligned", 4096, 16384, "bf16", residual=True, prenorm=True)
     yield case("rms-gemma-aligned", 4096, 2048, "fp16", casting="gemma")
     yield case("rms-llama-aligned", 4096, 4096, "bf16", casting="llama", residual=True)
 

@@ -1,0 +1,223 @@
+"""The feed-forward's products with epilogues, `_EPILOGUE`, and the way calls go, `_FFN_WAYS`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import shapes
+from fastlm.bench.cases import ffn_case, gated_case
+from fastlm.bench.run import run_case
+from fastlm.bench.timing import measure
+from fastlm.kernels import ffn, ffn_matmul
+from fastlm.kernels.configs import EpilogueConfig, target
+from fastlm.ops.ffn import ffn_by, gated_ffn_by
+from fastlm.testing import assert_close, randn
+from tuning.common import FASTER, Budget, Pick, Picks, fastest, patched, report, source
+
+PARTS = ("up", "down", "gated_up", "gated_down")
+CONFIGS = "kernels/configs.py"
+
+# (block_m, block_n, num_warps, num_stages, programs); stages of 64 products, of 32 without the copy
+# engine. Two programs on a multiprocessor multiply in each other's epilogues; one may be flattened.
+TILES = (
+    (128, 128, 4, 3, 2), (128, 128, 4, 2, 2), (128, 128, 8, 3, 2), (64, 256, 4, 2, 2),
+    (64, 128, 4, 4, 2), (128, 128, 8, 4, 1), (128, 256, 8, 3, 1), (128, 256, 8, 4, 1),
+    (256, 128, 8, 3, 1), (256, 128, 8, 4, 1),
+)  # fmt: skip
+
+
+def matmul_candidates(part: str, name: str) -> Iterator[EpilogueConfig]:
+    """Each tile with epilogues of 16 and 32 elements a thread."""
+    tma = name in ("sm_90", "sm_100")
+    for (m, n, warps, stages, programs), elements in itertools.product(TILES, (16, 32)):
+        if part == "gated_up":  # two products
+            n //= 2
+        slices = max(1, m * n // (32 * warps) // elements)
+        for flatten in (False, True) if programs == 1 else (False,):
+            yield EpilogueConfig(
+                m, n, 64 if tma else 32, warps, stages, slices, programs, 8, flatten, tma
+            )
+
+
+def tune(args, device: torch.device, dtype: torch.dtype, picks: Picks, budget: Budget) -> None:
+    """The products' configurations first: the ways are timed with those."""
+    chosen = tune_products(args, device, dtype, picks, budget.part(0.6))
+    with FfnCall.sweeping(chosen):
+        tune_ways(args, device, dtype, picks, budget)
+
+
+def tune_products(args, device, dtype, picks, budget: Budget) -> dict[str, EpilogueConfig]:
+    """The fastest configuration of each part, one for all dims: by the least and the largest."""
+    chosen = {}
+    for done, part in enumerate(args.part):
+        dims = sorted({min(args.dim), max(args.dim)})
+        calls = [FfnCall(part, args.tokens[0], dim, device, dtype) for dim in dims]
+        used = ffn_matmul.epilogue_config(part, device, True)
+        with FfnCall.sweeping():
+            results = fastest(
+                calls, used, matmul_candidates(part, target(device)), device,
+                budget.part(1 / (len(args.part) - done)),
+            )  # fmt: skip
+        if not results:
+            continue
+        report(f"ffn {part}", calls, results)
+        library = [measure({"": call.library}, device, 0.1)[""].median for call in calls]
+        best = results[0]
+        shares = [a / b for a, b in zip(library, best.times_ms, strict=True)]
+        print(f"  the library and one kernel: {', '.join(f'{t:.4f}' for t in library)} ms, "
+              f"{', '.join(f'{s:.2f}' for s in shares)} of the best one's")  # fmt: skip
+        if best.ratio < FASTER:
+            chosen[part] = best.config
+            rates = [c.flops / t / 1e9 for c, t in zip(calls, best.times_ms, strict=True)]
+            what = ", ".join(f"{rate:.0f}" for rate in rates) + " TFLOP/s"
+            picks.add(Pick(CONFIGS, "_EPILOGUE", [target(device), part],
+                           list(astuple(best.config)[:-1]), source(device, what)))  # fmt: skip
+    return chosen
+
+
+def tune_ways(args, device, dtype, picks, budget: Budget) -> None:
+    """Forward and backward of whole blocks: how wide they may be for epilogues to be faster."""
+    for op in ("ffn", "gated_ffn"):
+        rows, notes = [], []
+        for tokens in args.tokens:
+            widest = 0
+            for dim in sorted(args.dim):
+                if not budget.left:
+                    print(f"no time left for {op} of {tokens}x{dim}", flush=True)
+                    break
+                library, own = time_ways(op, tokens, dim, device, dtype)
+                print(f"{op} {tokens}x{dim}, forward and backward: library and one kernel "
+                      f"{library:.4f} ms, epilogues {own:.4f} ms", flush=True)  # fmt: skip
+                if own > FASTER * library:
+                    break  # wider ones have less to gain
+                widest = dim
+                notes.append(f"{tokens}x{dim} {library / own:.2f}x")
+            if widest:
+                rows.append([tokens, 0, widest, "epilogue"])
+        if rows:
+            picks.add(Pick(CONFIGS, "_FFN_WAYS", [[target(device), op, True]], rows,
+                           source(device, ", ".join(notes))))  # fmt: skip
+
+
+def time_ways(op: str, tokens: int, dim: int, device, dtype) -> tuple[float, float]:
+    """Milliseconds of both ways, each checked before; infinite where one fails."""
+    make, by = {"ffn": (ffn_case, ffn_by), "gated_ffn": (gated_case, gated_ffn_by)}[op]
+    shape = shapes.FfnShape(tokens, dim, hidden_dim(dim, op == "gated_ffn"))
+    case = make("tune", shape, "gelu" if op == "ffn" else "silu", device, dtype)
+    options = {"recompute": False, "impl": "triton", **case.options}
+    if op == "ffn":
+        options |= {"dropout_p": 0.0, "seed": None}
+    case.providers.clear()
+    for way in ("cublas", "epilogue"):
+        case.providers[way] = functools.partial(by, way, **options)
+    rows = run_case(case, directions=["forward+backward"], seconds=0.2,
+                    failed=lambda *why: print("left out:", *why, flush=True))  # fmt: skip
+    times = {row.provider: row.median_ms for row in rows}
+    return times.get("cublas", float("inf")), times.get("epilogue", float("inf"))
+
+
+def hidden_dim(dim: int, gated: bool) -> int:
+    return -(-8 * dim // 3 // 256) * 256 if gated else 4 * dim
+
+
+class FfnCall:
+    """One product of the feed-forward with its epilogue, in training, and what replaces it."""
+
+    _local = threading.local()  # candidates are compiled by several threads
+
+    def __init__(self, part: str, rows: int, dim: int, device: torch.device, dtype: torch.dtype):
+        self.part, self.gated, self.name = part, part.startswith("gated"), f"{rows}x{dim}"
+        hidden = hidden_dim(dim, self.gated)
+        new = lambda *shape, seed, scale=1.0: randn(
+            *shape, dtype=dtype, device=device, seed=seed, scale=scale
+        )
+        self.x, self.z, self.u = (
+            new(rows, cols, seed=seed) for seed, cols in enumerate((dim, hidden, hidden))
+        )
+        self.w, self.w_up = (new(hidden, dim, seed=s, scale=dim**-0.5) for s in (3, 4))
+        self.w_down = new(dim, hidden, seed=5, scale=dim**-0.5)
+        self.bias = new(hidden, seed=6)
+        products = 2 if part == "gated_up" else 1
+        self.flops = 2 * rows * dim * hidden * products
+        self.expected: list | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def sweeping(cls, chosen: dict[str, EpilogueConfig] | None = None) -> Iterator[None]:
+        """Within it, launchers take what `run` was given, or what is chosen for a part."""
+        answer = lambda original: (
+            lambda which, *call: (
+                getattr(cls._local, "config", None)
+                or (chosen or {}).get(which)
+                or original(which, *call)
+            )
+        )
+        with patched("ffn_matmul", "epilogue_config", answer):
+            yield
+
+    def run(self, config: EpilogueConfig) -> tuple[torch.Tensor, ...]:
+        self._local.config = config
+        try:
+            return self._run()
+        finally:
+            self._local.config = None
+
+    finish = run
+
+    def _run(self) -> tuple[torch.Tensor, ...]:
+        if self.part == "up":
+            return ffn_matmul.ffn_up(self.x, self.w, self.bias, None, "gelu", 0.0, True, True)
+        if self.part == "gated_up":
+            return ffn_matmul.gated_up(self.x, self.w, self.w_up, "silu", True, True)
+        if self.part == "down":
+            options = None, "gelu", 0.0, True, self.bias.dtype, True
+            return ffn_matmul.ffn_down_bwd(self.x, self.w_down, self.z, *options)
+        options = "silu", True, True, True
+        return ffn_matmul.gated_down_bwd(self.x, self.w_down, self.z, self.u, *options)
+
+    def library(self) -> tuple[torch.Tensor, ...]:
+        if self.part == "up":
+            z = F.linear(self.x, self.w, self.bias)
+            return z, ffn.bias_act_fwd(z, None, None, "gelu", 0.0)
+        if self.part == "gated_up":
+            gate, up = F.linear(self.x, self.w), F.linear(self.x, self.w_up)
+            return gate, up, ffn.glu_fwd(gate, up, "silu")
+        da = self.x @ self.w_down
+        if self.part == "down":  # the bias is what says that its gradient is wanted
+            zeros = torch.zeros_like(self.bias)
+            return ffn.bias_act_bwd(da, self.z, zeros, None, "gelu", 0.0, True, True, True)
+        return ffn.glu_bwd(da, self.z, self.u, "silu", True, True, True)
+
+    def check(self, config: EpilogueConfig) -> None:
+        """The oracle on the first and last rows; a bias gradient needs all of them."""
+        if self.expected is None:
+            self.expected = [self._composed(None), self._composed(torch.float64)]
+        for i, (mine, same, gold) in enumerate(zip(self.run(config), *self.expected, strict=True)):
+            assert_close(f"{self.part} {i}", mine if mine.dim() == 1 else _ends(mine), same, gold)
+
+    def _composed(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        cast = lambda t: t if dtype is None else t.to(dtype)
+        z = F.linear(cast(self.x), cast(self.w), None if self.gated else cast(self.bias))
+        u = F.linear(cast(self.x), cast(self.w_up)) if self.gated else None
+        backward = self.part.endswith("down")
+        if backward:
+            z, u = cast(self.z), cast(self.u) if self.gated else None
+        leaves = [t.requires_grad_(backward) for t in (z.detach(), u) if t is not None]
+        a = F.silu(leaves[0]) * leaves[1] if self.gated else F.gelu(leaves[0])
+        if not backward:
+            return [_ends(t) for t in (*leaves, a)]
+        grads = torch.autograd.grad(a, leaves, cast(self.x) @ cast(self.w_down))
+        dbias = [] if self.gated else [grads[0].sum(0)]
+        return [*map(_ends, grads), *dbias, _ends(a.detach())]
+
+
+def _ends(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:256], x[-256:]])

@@ -1,0 +1,288 @@
+"""benchmarks/tuning: sweeps on small shapes in the interpreter, and what becomes of their picks."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import astuple, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from benching import CPU, SCRIPTS, load, small_shapes  # noqa: F401
+
+from fastlm import shapes
+from fastlm.kernels import configs, ffn_matmul, linear_loss, norm, norm_bwd
+
+PARTS = ["up", "gated_up", "down", "gated_down"]
+F16 = torch.float16
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """benchmarks/tune.py with its package; the interpreter takes one launch at once."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    tune = load("tune")
+    import tuning.common
+
+    monkeypatch.setattr(tuning.common.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("fastlm.bench.timing._MAX_SAMPLES", 2)
+    return tune
+
+
+def times(monkeypatch, of):
+    """Times that the test decides, in place of those of the clock."""
+    import tuning.common
+
+    def fake(calls, config, *_):
+        for call in calls:
+            call.run(config)
+        return tuple(of(config) for _ in calls)
+
+    monkeypatch.setattr(tuning.common, "_times", fake)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_ffn_product_is_picked(part, tuning, monkeypatch, capsys):
+    ffn, picks = sys.modules["tuning.ffn"], sys.modules["tuning.common"].Picks()
+    good = configs.EpilogueConfig(16, 16, 16, 4, 1)
+    wrong = configs.EpilogueConfig(16, 24, 16, 4, 1)  # no power of two
+    monkeypatch.setattr(ffn, "matmul_candidates", lambda *_: [good, wrong])
+    times(monkeypatch, lambda config: 1.0 if config == good else 2.0)
+    args = Namespace(part=[part], dim=[8], tokens=[20])
+    chosen = ffn.tune_products(args, CPU, F16, picks, tuning.Budget(600))
+    assert chosen == {part: good}
+    (pick,) = picks.picks
+    assert (pick.table, pick.path) == ("_EPILOGUE", ["cpu", part])
+    assert configs.EpilogueConfig(*pick.value) == good
+    out = capsys.readouterr()
+    assert out.err.count("left out") == 1 and "0.500  1.0000 ms" in out.out
+    assert ffn_matmul.epilogue_config is configs.epilogue_config
+
+
+def test_ffn_product_is_checked(tuning, monkeypatch):
+    ffn = sys.modules["tuning.ffn"]
+    for part in PARTS:
+        call, config = ffn.FfnCall(part, 20, 8, CPU, F16), None
+        call.check(config)
+        right = call.run(config)
+        for i in range(len(right)):
+            wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
+            monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
+            with pytest.raises(AssertionError, match=f"{part} {i}: error"):
+                call.check(config)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("part", PARTS)
+def test_ffn_tries_a_few_dozen_configurations(part, name, tuning):
+    candidates = list(sys.modules["tuning.ffn"].matmul_candidates(part, name))
+    assert len(set(candidates)) == len(candidates) == 30
+    assert all(c.tma == (name == "sm_90") for c in candidates)
+
+
+@pytest.mark.parametrize("wins, rows", [
+    ((8, 16, 32), [[24, 0, 32, "epilogue"]]), ((8, 32), [[24, 0, 8, "epilogue"]]), ((32,), []),
+])  # fmt: skip
+def test_ffn_ways_hold_up_to_the_widest_that_gains(wins, rows, tuning, monkeypatch):
+    ffn, picks = sys.modules["tuning.ffn"], sys.modules["tuning.common"].Picks()
+    timed = lambda op, tokens, dim, *_: (1.0, 0.5 if op == "ffn" and dim in wins else 1.0)
+    monkeypatch.setattr(ffn, "time_ways", timed)
+    args = Namespace(dim=[16, 32, 8], tokens=[24])
+    ffn.tune_ways(args, CPU, F16, picks, tuning.Budget(600))
+    assert [(p.table, p.path, p.value) for p in picks.picks] == [
+        ("_FFN_WAYS", [["cpu", "ffn", True]], rows)
+    ] * bool(rows)
+    monkeypatch.setattr(configs, "_FFN_WAYS", {("cpu", "ffn", True): tuple(map(tuple, rows))})
+    assert configs.ffn_way("cpu", "ffn", True, 24, 8, 32) == ("epilogue" if rows else "cublas")
+
+
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
+def test_ffn_ways_are_timed(op, tuning, monkeypatch):
+    ffn = sys.modules["tuning.ffn"]
+    monkeypatch.setattr(ffn, "hidden_dim", lambda dim, gated: 2 * dim)
+    library, own = ffn.time_ways(op, 8, 8, CPU, F16)
+    assert 0 < library < float("inf") and 0 < own < float("inf")
+
+
+@pytest.mark.parametrize("which", ["fwd", "bwd"])
+def test_norm_is_picked(which, tuning, monkeypatch, tmp_path):
+    module, common = sys.modules["tuning.norm"], sys.modules["tuning.common"]
+    picks = common.Picks(tmp_path / "picks.json")
+    monkeypatch.setattr(module, "PASSES", (which,))
+    good = configs.NormConfig(4, 64, 4, 1, 2)
+    monkeypatch.setattr(module, "candidates", lambda *_: [good, replace(good, block_m=3)])
+    times(monkeypatch, lambda config: 1.0 if config == good else 2.0)
+    module.tune(Namespace(cols=None), CPU, F16, picks, tuning.Budget(600))
+    (pick,) = json.loads(picks.file.read_text())
+    assert (pick["table"], pick["path"]) == ("_NORM", [["cpu", which, 2, 64]])
+    assert configs.NormConfig(*pick["value"]) == good
+    assert norm.norm_config is norm_bwd.norm_config is configs.norm_config
+    monkeypatch.setattr(configs, "_NORM", {("cpu", which, 2, 64): tuple(pick["value"])})
+    assert configs.norm_config.__wrapped__(which, 48, 2, True, True, CPU) == good
+
+
+def test_norm_that_is_not_faster_is_no_pick(tuning, monkeypatch):
+    module, picks = sys.modules["tuning.norm"], sys.modules["tuning.common"].Picks()
+    monkeypatch.setattr(module, "candidates", lambda *_: [configs.NormConfig(4, 64, 4)])
+    times(monkeypatch, lambda config: 1.0)
+    module.tune(Namespace(cols=[48]), CPU, F16, picks, tuning.Budget(600))
+    assert picks.picks == []
+
+
+def test_norm_is_checked(tuning, monkeypatch):
+    module = sys.modules["tuning.norm"]
+    for which in module.PASSES:
+        call = module.NormCall(which, shapes.NormShape(6, 40), CPU, F16)
+        call.check(None)
+        right = call.run(None)
+        for i in range(len(right)):
+            wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
+            monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
+            with pytest.raises(AssertionError, match=f"{which} {i}: error"):
+                call.check(None)
+
+
+@pytest.mark.parametrize("which", ["fwd", "bwd"])
+def test_norm_candidates(which, tuning):
+    """Of every width some, none twice, of at most 1,024 threads; a tile has several rows only where
+    it has them whole."""
+    for s in shapes.NORM_LARGE.values():
+        found = list(sys.modules["tuning.norm"].candidates(which, s.cols, 2))
+        assert 8 <= len(found) <= 60 and len(set(found)) == len(found)
+        assert all(c.num_warps in (1, 2, 4, 8, 16, 32) for c in found)
+        assert all(c.block_m == 1 or c.block_n >= s.cols for c in found)
+
+
+@pytest.mark.parametrize("which", ["logits", "dx", "dweight"])
+def test_product_of_the_linear_loss_is_picked(which, tuning, monkeypatch):
+    module, picks = sys.modules["tuning.linear_loss"], sys.modules["tuning.common"].Picks()
+    monkeypatch.setattr(module, "PRODUCTS", (which,))
+    good = configs.MatmulConfig(32, 32, 16, 4, 1, 1, True)
+    monkeypatch.setattr(module, "candidates", lambda *_: [good])
+    times(monkeypatch, lambda config: 1.0 if config == good else 2.0)
+    module.tune(Namespace(shape=["small"]), CPU, F16, picks, tuning.Budget(600))
+    (pick,) = picks.picks
+    assert (pick.table, pick.path) == ("_MATMUL", [["cpu", "half"], which])
+    assert configs.MatmulConfig(*pick.value) == good
+
+
+def test_product_of_the_linear_loss_is_checked(tuning, monkeypatch):
+    module = sys.modules["tuning.linear_loss"]
+    for which in module.PRODUCTS:
+        call = module.ProductCall(which, shapes.LossShape(40, 50, 24), CPU, F16)
+        config = configs.matmul_config(which, CPU, F16)
+        call.check(config)
+        right = call.run(config)
+        monkeypatch.setattr(call, "run", lambda config, wrong=right * 1.02: wrong)
+        with pytest.raises(AssertionError, match=f"{which}: error"):
+            call.check(config)
+        assert call.library().shape == right.shape[-2:]
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+def test_linear_loss_tries_some_configurations(name, tuning):
+    found = list(sys.modules["tuning.linear_loss"].candidates("dx", name))
+    assert len(set(found)) == len(found) > 10
+    assert all(c.tma == (name in configs.TMA) for c in found)
+
+
+def test_no_candidate_is_begun_when_the_time_is_over(tuning, monkeypatch, capsys):
+    module, picks = sys.modules["tuning.norm"], sys.modules["tuning.common"].Picks()
+    monkeypatch.setattr(module, "PASSES", ("fwd",))
+    monkeypatch.setattr(module, "candidates", lambda *_: [configs.NormConfig(4, 64, 4, 1, 2)])
+    module.tune(Namespace(cols=None), CPU, F16, picks, tuning.Budget(0))
+    assert "no time left" in capsys.readouterr().err and picks.picks == []
+
+
+def test_all_sweeps_share_the_time(tuning, monkeypatch, capsys):
+    """One that fails leaves its time to the others."""
+    seen = {}
+
+    def run(name, args, device, dtype, picks, budget):
+        seen[name] = budget.left
+        if name == "norm":
+            raise RuntimeError("no such thing")
+
+    for name, (_, share) in tuning.SWEEPS.items():
+        monkeypatch.setitem(tuning.SWEEPS, name, (partial(run, name), share))
+    assert tuning.tune_picks(Namespace(kind="all", json=None, seconds=100.0), CPU, F16) == 1
+    assert "norm ended early" in capsys.readouterr().err
+    first, second, third = seen.values()
+    assert [first, third] == pytest.approx([35, 100], abs=1) and first < second < third
+    assert tuning.tune_picks(Namespace(kind="ffn", json=None, seconds=100.0), CPU, F16) == 0
+    assert seen["ffn"] == pytest.approx(100, abs=1)
+
+
+def test_nothing_is_picked_beside_a_configuration_that_fails(tuning, monkeypatch, capsys):
+    module, picks = sys.modules["tuning.norm"], sys.modules["tuning.common"].Picks()
+    monkeypatch.setattr(module, "PASSES", ("fwd",))
+    monkeypatch.setattr(module, "candidates", lambda *_: [configs.NormConfig(4, 64, 4)])
+    monkeypatch.setattr(module, "norm_config", lambda *_: configs.NormConfig(3, 64, 4))
+    module.tune(Namespace(cols=None), CPU, F16, picks, tuning.Budget(600))
+    assert picks.picks == [] and "what is in use does not pass" in capsys.readouterr().out
+
+
+TABLES = """\
+# Not timed.
+_NORM: dict[tuple[str, int], tuple[int, ...]] = {}
+_MATMUL = {
+    ("sm_90", "half"): {
+        "logits": (1, 2, 3),
+        # NVIDIA H200, 2026-01-02: 5 TFLOP/s
+        "dx": (
+            1,
+            2,
+        ),
+    },
+}
+AFTER = 1
+"""
+
+
+def test_picks_are_applied(tuning, tmp_path):
+    """Entries are replaced or added where they belong, each under its note, and nothing else."""
+    note = "NVIDIA H200, 2026-03-04: 6 TFLOP/s"
+    made = [
+        ("_NORM", [["sm_90", 64]], [4, 64]), ("_NORM", [["sm_90", 128]], [2, True]),
+        ("_NORM", [["sm_90", 64]], [8, 64]),
+        ("_MATMUL", [["sm_90", "half"], "dx"], [7, 8]),
+        ("_MATMUL", [["sm_90", "half"], "logits"], [9]),
+        ("_MATMUL", [["sm_100", "half"], "dx"], [["a", 1], [2]]),
+    ]  # fmt: skip
+    file = tmp_path / "tables.py"
+    file.write_text(TABLES)
+    picks = [dict(file="tables.py", table=t, path=p, value=v, note=note) for t, p, v in made]
+    (tmp_path / "picks.json").write_text(json.dumps(picks))
+    done = tuning.apply(tmp_path / "picks.json", tmp_path)
+    assert len(done) == len(made) and done[0] == "tables.py: _NORM[('sm_90', 64)] = (4, 64)"
+    text, tables = file.read_text(), {}
+    exec(text, tables)
+    assert tables["_NORM"] == {("sm_90", 128): (2, True), ("sm_90", 64): (8, 64)}
+    assert tables["_MATMUL"] == {
+        ("sm_100", "half"): {"dx": (("a", 1), (2,))},
+        ("sm_90", "half"): {"logits": (9,), "dx": (7, 8)},
+    }
+    assert tables["AFTER"] == 1 and text.startswith("# Not timed.\n") and "2026-01-02" not in text
+    assert text.count(f"# {note}\n") == 5
+
+
+def test_real_tables_take_picks(tuning, tmp_path):
+    root = Path(configs.__file__).resolve().parent
+    text = (root / "configs.py").read_text()
+    edited = sys.modules["tuning.apply"].edited
+    new = tuple(astuple(configs.NormConfig(4, 1024, 4, 2, 3)))
+    for table, path, value in (
+        ("_NORM", (("sm_90", "fwd", 2, 1024),), new),
+        ("_FFN_WAYS", (("sm_90", "ffn", True),), ((16384, 0, 1024, "epilogue"),)),
+        ("_EPILOGUE", ("sm_90", "up"), (128, 128, 64, 8, 3, 4, 1, 8, True)),
+        ("_MATMUL", (("sm_90", "half"), "dweight"), (128, 256, 64, 8, 4, 1, True)),
+    ):
+        text = edited(text, table, path, value, "a device, 2026-03-04: a rate")
+    found = {"__name__": "fastlm.kernels.configs"}
+    exec(compile(text, "configs.py", "exec"), found)
+    assert found["_NORM"][("sm_90", "fwd", 2, 1024)] == new
+    assert found["_EPILOGUE"]["sm_90"]["up"][3] == 8
+    assert found["_MATMUL"]["sm_90", "half"]["dweight"][5:] == (1, True)
+    assert found["ffn_way"]("sm_90", "ffn", True, 16384, 768, 3072) == "epilogue"
+    assert linear_loss.matmul_config is configs.matmul_config
