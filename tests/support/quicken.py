@@ -10,6 +10,7 @@ As in harden.py, private functions of triton are replaced: the tests pin its ver
 from __future__ import annotations
 
 import functools
+import inspect
 
 import numpy as np
 import triton.language as tl
@@ -101,14 +102,24 @@ def _check_overflow(semantic) -> None:
 
 
 def _patch_once(executor) -> None:
-    """Makes calls of device functions cheap: stock, each one patches all of triton.language again,
-    which is half of a launch's time."""
+    """Makes launches and calls of device functions cheap: stock, each one looks through all of
+    triton.language, and patches it again, which is half of a launch's time."""
     patch, launch = interpreter._patch_lang, executor.__call__
     patched: set[str] = set()  # names of modules, in this launch
 
     @functools.cache
     def modules_of(fn) -> frozenset[str]:
         return frozenset(x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core)
+
+    @functools.cache
+    def names_of(package) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        for name in names_of(package):
+            member = getattr(package, name)
+            if core.is_builtin(member):  # another module's patch may have come first
+                interpreter._patch_attr(package, name, member, builder, scope)
 
     def patch_new(fn):
         modules = modules_of(fn)
@@ -121,4 +132,5 @@ def _patch_once(executor) -> None:
         patched.clear()
         return launch(self, *args, **kwargs)
 
+    interpreter._patch_builtin = patch_builtin
     interpreter._patch_lang, executor.__call__ = patch_new, call
