@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from benching import load
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -16,12 +17,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 
 @pytest.fixture(scope="module")
 def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("gpu_check")
 
 
 @pytest.mark.interpreter

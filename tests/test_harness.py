@@ -90,6 +90,47 @@ def test_interpreter_catches_int32_overflow_of_an_offset():
 
 
 @triton.jit
+def _integers_kernel(x_ptr, y_ptr, out_ptr, OPERATION: tl.constexpr):
+    i = tl.arange(0, 4)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    if OPERATION == "add":
+        out = x + y
+    elif OPERATION == "sub":
+        out = x - y
+    else:
+        out = x * y
+    tl.store(out_ptr + i, out)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("operation", "x", "y"),
+    [
+        ("add", 2**31 - 2, 1),
+        ("add", -(2**31) + 1, -1),
+        ("sub", -(2**31) + 1, 1),
+        ("sub", 2**31 - 2, -1),
+        ("mul", 2**30, -2),
+    ],
+)
+def test_interpreter_catches_int32_overflow_by_one(operation, x, y, dtype):
+    """The last number that an int32 holds is right; the next one raises, in one lane of four."""
+    inputs = [torch.tensor([3, 5, n, 7], dtype=dtype) for n in (x, y)]
+    out = torch.empty(4, dtype=dtype)
+    run = lambda: _integers_kernel[(1,)](*inputs, out, OPERATION=operation)
+    run()
+    assert torch.equal(out, getattr(torch, operation)(*inputs))
+    inputs[0][2] += 1 if x > 0 else -1
+    if dtype == torch.int64:
+        run()
+        assert torch.equal(out, getattr(torch, operation)(*inputs))
+    else:
+        with pytest.raises(InterpreterError, match=f"int32 overflow detected for .* {operation}"):
+            run()
+
+
+@triton.jit
 def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
     i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     a, b = tl.load(a_ptr + i * N + j), tl.load(b_ptr + i * N + j)

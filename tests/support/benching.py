@@ -22,7 +22,7 @@ def small_shapes(monkeypatch):
         "NORM_CPU": {"small": shapes.NormShape(16, 48)},
         "FFN_CPU": {"small": shapes.FfnShape(8, 16, 32)},
         "LOSS_CPU": {"small": shapes.LossShape(12, 40, 16)},
-        "LOSS_MASKED_CPU": {"masked": shapes.LossShape(12, 40, 16, ignored=0.5)},
+        "LOSS_MASKED_CPU": {"small_masked": shapes.LossShape(20, 40, 16, ignored=0.85)},
         "SENTENCE": {"small": shapes.SentenceShape(3, 2, 16)},
         "ATTENTION_CPU": {"small": shapes.AttentionShape(2, 12, 20, 4, 2, 16)},
         "ATTENTION_DECODE_CPU": {"small": shapes.AttentionShape(2, 1, 24, 4, 2, 16)},

@@ -1,5 +1,9 @@
 """The calls whose kernels the compile gate compiles. A name is `<family>-<dtype>[-d<headdim>]-...`.
 
+Each kernel is compiled for every target; each of its branches, dtypes, alignments and widths for
+one, and only for more where code or configurations differ: a second or two for each compilation.
+Most go to Hopper, whose configurations were timed.
+
 Names with `-aligned` promise 128-bit loads; the rules are `broken_rules` in compile_gate.py.
 """
 
@@ -14,6 +18,7 @@ import torch
 import fastlm
 from fastlm.ops.ffn import ffn_by, gated_ffn_by
 
+AMPERE, HOPPER, BLACKWELL, AMD = "sm_80", "sm_90", "sm_100", "gfx942"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -90,9 +95,6 @@ def norm() -> Iterator[Case]:
 
 
 def attention() -> Iterator[Case]:
-    """Head dims 64 and 128, causal or not, on every NVIDIA target or on two: 5 to 15 s a case."""
-    nvidia, ampere, hopper = ("sm_80", "sm_90", "sm_100"), "sm_80", "sm_90"
-
     def case(label, dtype, headdim, *targets, nheads=16, nheads_k=16, seqlen_q=1024, gap=0,
              precision="highest", **options):  # fmt: skip
         def run():
@@ -107,25 +109,23 @@ def attention() -> Iterator[Case]:
 
         return Case(f"attention-{dtype}-d{headdim}-{label}", run, targets)
 
-    yield case("full", "bf16", 64, *nvidia)
-    yield case("causal", "bf16", 64, ampere, hopper, "gfx942", causal=True)
-    yield case("full", "bf16", 128, ampere, hopper)
-    yield case("causal", "bf16", 128, causal=True)
-    yield case("causal", "bf16", 256, ampere, hopper, "gfx942", causal=True)
-    yield case("full", "fp16", 17, ampere, hopper)
-    yield case("full", "fp16", 80, hopper)
-    yield case("pointers", "bf16", 64, hopper, gap=4)  # no descriptors for strides of 8 bytes
+    yield case("full", "bf16", 64, AMPERE, HOPPER, BLACKWELL)
+    yield case("causal", "bf16", 64, AMD, causal=True)
+    yield case("causal", "bf16", 128, AMPERE, HOPPER, BLACKWELL, causal=True)
+    yield case("causal", "bf16", 256, AMPERE, HOPPER, AMD, causal=True)
+    yield case("full", "fp16", 17, AMPERE)
+    yield case("full", "fp16", 80, HOPPER)
+    yield case("pointers", "bf16", 64, HOPPER, gap=4)  # no descriptors for strides of 8 bytes
     lengths = {"nheads_k": 4, "seqlen_q": 333, "causal": "top_left"}
-    yield case("causal-gqa-lengths", "bf16", 40, *nvidia, **lengths)
-    yield case("causal", "fp32", 64, hopper, "gfx942", causal=True)
-    yield case("full", "fp32", 128, ampere)
-    for headdim in (64, 128):
-        yield case("tf32", "fp32", headdim, ampere, hopper, precision="high")
+    yield case("causal-gqa-lengths", "bf16", 40, AMPERE, **lengths)
+    yield case("causal", "fp32", 64, HOPPER, causal=True)
+    yield case("full", "fp32", 128, AMPERE)
+    yield case("tf32", "fp32", 64, AMPERE, precision="high")
+    yield case("tf32", "fp32", 128, HOPPER, precision="high")
 
 
 def attention_options() -> Iterator[Case]:
     """Each with its gradient. "options-many" may spill, see `broken_rules`."""
-    ampere, hopper = "sm_80", "sm_90"
 
     def case(label, dtype, headdim, *targets, **options):
         def run():
@@ -138,24 +138,21 @@ def attention_options() -> Iterator[Case]:
     relative = fastlm.RelativeBias(table, bidirectional=True, max_distance=128)
     mask = tensor(2, 1, 1, 1024, dtype=torch.bool)
     dropout = {"dropout_p": 0.1, "seed": 1}
-    yield case("bias", "bf16", 64, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
-    yield case("columns", "bf16", 128, ampere, hopper, bias=tensor(2, 1, 1, 1024))
-    yield case("bias", "bf16", 128, ampere, hopper, bias=tensor(16, 1024, 1024))
-    yield case("table", "bf16", 64, bias=relative)
-    yield case("table", "bf16", 128, hopper, bias=relative)
-    yield case("alibi", "fp32", 64, hopper, "gfx942", causal=True, alibi_slopes=tensor(16))
-    yield case("alibi", "bf16", 128, ampere, hopper, causal=True, alibi_slopes=tensor(16))
-    yield case("mask", "bf16", 64, ampere, hopper, "gfx942", mask=mask)
-    yield case("mask", "bf16", 128, ampere, hopper, mask=mask)
-    yield case("dropout", "bf16", 64, **dropout)
-    yield case("dropout", "bf16", 128, ampere, hopper, causal=True, **dropout)
-    yield case("window", "bf16", 64, hopper, window=(256, 0))
-    yield case("window", "bf16", 128, ampere, hopper, "gfx942", window=(256, 0))
-    yield case("lengths", "bf16", 128, hopper, seqlens_k=tensor(2, dtype=torch.int32))
-    yield case("bert", "bf16", 64, ampere, hopper, mask=mask, **dropout)
-    yield case("bert", "bf16", 128, hopper, mask=mask, **dropout)
-    yield case("t5", "bf16", 64, ampere, hopper, bias=relative, mask=mask)
-    yield case("many-t5", "bf16", 64, hopper, bias=relative, mask=mask, **dropout)
+    yield case("bias", "bf16", 64, BLACKWELL, bias=tensor(16, 1024, 1024, dtype=torch.bfloat16))
+    yield case("columns", "bf16", 128, HOPPER, bias=tensor(2, 1, 1, 1024))
+    yield case("bias", "bf16", 128, AMPERE, bias=tensor(16, 1024, 1024))
+    yield case("table", "bf16", 64, BLACKWELL, AMD, bias=relative)
+    yield case("table", "bf16", 128, HOPPER, bias=relative)
+    yield case("alibi", "fp32", 64, AMD, causal=True, alibi_slopes=tensor(16))
+    yield case("alibi", "bf16", 128, HOPPER, causal=True, alibi_slopes=tensor(16))
+    yield case("mask", "bf16", 64, HOPPER, mask=mask)
+    yield case("dropout", "bf16", 128, HOPPER, causal=True, **dropout)
+    yield case("window", "bf16", 128, HOPPER, AMD, window=(256, 0))
+    yield case("lengths", "bf16", 128, HOPPER, seqlens_k=tensor(2, dtype=torch.int32))
+    yield case("bert", "bf16", 64, AMPERE, mask=mask, **dropout)
+    yield case("bert", "bf16", 128, HOPPER, mask=mask, **dropout)
+    yield case("t5", "bf16", 64, AMPERE, HOPPER, bias=relative, mask=mask)
+    yield case("many-t5", "bf16", 64, HOPPER, bias=relative, mask=mask, **dropout)
 
 
 def attention_weights() -> Iterator[Case]:
@@ -167,14 +164,15 @@ def attention_weights() -> Iterator[Case]:
 
         return Case(f"attention-{dtype}-d{headdim}-weights-{label}", run, targets)
 
-    yield case("aligned", "bf16", 64)
-    yield case("aligned-causal-gqa", "bf16", 128, nheads_k=4, causal=True)
-    yield case("plain", "fp32", 64, "sm_90", "gfx942")
-    yield case("options-columns", "bf16", 128, "sm_80", "sm_90", bias=tensor(2, 1, 1, 1024))
+    yield case("aligned", "bf16", 64, HOPPER, BLACKWELL, AMD)
+    yield case("aligned-causal-gqa", "bf16", 128, HOPPER, nheads_k=4, causal=True)
+    yield case("plain", "fp32", 64, HOPPER, AMD)
+    yield case("options-columns", "bf16", 128, AMPERE, bias=tensor(2, 1, 1, 1024))
 
 
 def attention_decode() -> Iterator[Case]:
-    def case(label, dtype, headdim, *, nheads=16, nheads_k=4, seqlen_q=1, cache=None, **options):
+    def case(label, dtype, headdim, *targets, nheads=16, nheads_k=4, seqlen_q=1, cache=None,
+             **options):  # fmt: skip
         def run():
             q = tensor(2, seqlen_q, nheads, headdim, dtype=DTYPES[dtype], grad=False)
             new = tensor(2, seqlen_q, nheads_k, headdim, dtype=DTYPES[dtype], grad=False)
@@ -182,7 +180,7 @@ def attention_decode() -> Iterator[Case]:
             lens = tensor(2, dtype=torch.int32)
             fastlm.attention_decode(q, kv, kv, lens, k_new=new, v_new=new, impl="triton", **options)
 
-        return Case(f"attention-{dtype}-d{headdim}-decode-{label}", run)
+        return Case(f"attention-{dtype}-d{headdim}-decode-{label}", run, targets)
 
     def every():
         return dict(
@@ -192,42 +190,42 @@ def attention_decode() -> Iterator[Case]:
         )  # fmt: skip
 
     yield case("aligned", "bf16", 128)
-    yield case("queries-aligned", "bf16", 128, seqlen_q=16)
-    yield case("aligned", "bf16", 512)
-    yield case("aligned", "fp32", 128)
-    yield case("odd", "fp16", 80)
-    yield case("mixed", "fp16", 128, cache="bf16")
+    yield case("queries-aligned", "bf16", 128, HOPPER, BLACKWELL, seqlen_q=16)
+    yield case("aligned", "bf16", 512, AMPERE, AMD)
+    yield case("aligned", "fp32", 128, HOPPER, AMD)
+    yield case("odd", "fp16", 80, HOPPER)
+    yield case("mixed", "fp16", 128, AMPERE, cache="bf16")
     table = lambda: fastlm.RelativeBias(
         tensor(32, 16, grad=False), bidirectional=False, max_distance=128
     )
-    yield case("table", "bf16", 64, bias=table())
-    yield case("every", "bf16", 128, seqlen_q=16, **every())
+    yield case("table", "bf16", 64, HOPPER, AMD, bias=table())
+    yield case("every", "bf16", 128, AMPERE, seqlen_q=16, **every())
 
 
 def ffn() -> Iterator[Case]:
-    def bias_act(activation, dtype, cols, **options):
+    def bias_act(activation, dtype, cols, *targets, **options):
         def run():
             x, bias = tensor(4096, cols, dtype=DTYPES[dtype]), tensor(cols, dtype=DTYPES[dtype])
             forward_backward(fastlm.bias_act, x, bias, activation=activation, **options)
 
         label = "dropout" if options else "plain"
-        return Case(f"ffn-{dtype}-bias_act-{label}-aligned-{activation}", run)
+        return Case(f"ffn-{dtype}-bias_act-{label}-aligned-{activation}", run, targets)
 
-    def glu(activation, dtype, cols):
+    def glu(activation, dtype, cols, *targets):
         def run():
             gate, up = (tensor(4096, cols, dtype=DTYPES[dtype]) for _ in range(2))
             forward_backward(fastlm.glu, gate, up, activation=activation)
 
-        return Case(f"ffn-{dtype}-glu-aligned-{activation}", run)
+        return Case(f"ffn-{dtype}-glu-aligned-{activation}", run, targets)
 
-    def block(op, dtype, dim, hidden, **options):
+    def block(op, dtype, dim, hidden, *targets, **options):
         def run():  # the backward writes the hidden values again
             shapes = {"ffn": [(hidden, dim), (hidden,), (dim, hidden), (dim,)]}
             shapes["gated_ffn"] = [(hidden, dim), (hidden, dim), (dim, hidden)]
             x, *params = (tensor(*s, dtype=DTYPES[dtype]) for s in [(4096, dim), *shapes[op]])
             forward_backward(getattr(fastlm, op), x, *params, **options)
 
-        return Case(f"ffn-{dtype}-{op}-aligned", run)
+        return Case(f"ffn-{dtype}-{op}-aligned", run, targets)
 
     def epilogue(op, label, dtype, dim, hidden, *targets, **options):
         def run():
@@ -239,24 +237,25 @@ def ffn() -> Iterator[Case]:
 
         return Case(f"ffn-{dtype}-epilogue-{label}", run, targets)
 
-    yield bias_act("gelu", "bf16", 3072)
-    yield bias_act("gelu", "bf16", 3072, dropout_p=0.1, seed=1)
-    yield bias_act("gelu_tanh", "fp16", 3072)
-    yield bias_act("relu", "fp32", 2048)
+    yield bias_act("gelu", "bf16", 3072, BLACKWELL, AMD)
+    yield bias_act("gelu", "bf16", 3072, HOPPER, dropout_p=0.1, seed=1)
+    yield bias_act("gelu_tanh", "fp16", 3072, AMPERE)
+    yield bias_act("relu", "fp32", 2048, HOPPER, AMD)
     yield glu("silu", "bf16", 11008)
-    yield glu("gelu_tanh", "fp32", 8192)
-    yield block("ffn", "bf16", 768, 3072, activation="gelu", dropout_p=0.1, seed=1)
-    yield block("gated_ffn", "bf16", 4096, 14336, activation="silu")
+    yield glu("gelu_tanh", "fp32", 8192, HOPPER, AMD)
+    yield block("ffn", "bf16", 768, 3072, AMPERE, activation="gelu", dropout_p=0.1, seed=1)
+    yield block("gated_ffn", "bf16", 4096, 14336, HOPPER, activation="silu")
     gelu = {"activation": "gelu", "dropout_p": 0.0, "seed": None}
     dropped = gelu | {"dropout_p": 0.1, "seed": 1}
-    yield epilogue(ffn_by, "ffn-aligned", "bf16", 768, 3072, **gelu)
-    yield epilogue(ffn_by, "ffn-dropout-aligned", "bf16", 1024, 4096, **dropped)
-    yield epilogue(ffn_by, "ffn-pointers", "fp16", 771, 3077, "sm_80", "sm_90", **dropped)
-    yield epilogue(gated_ffn_by, "gated-aligned", "bf16", 4096, 11008, activation="silu")
+    yield epilogue(ffn_by, "ffn-aligned", "bf16", 768, 3072, AMPERE, BLACKWELL, AMD, **gelu)
+    yield epilogue(ffn_by, "ffn-dropout-aligned", "bf16", 1024, 4096, HOPPER, **dropped)
+    yield epilogue(ffn_by, "ffn-pointers", "fp16", 771, 3077, AMPERE, HOPPER, **dropped)
+    nvidia = AMPERE, HOPPER, BLACKWELL
+    yield epilogue(gated_ffn_by, "gated-aligned", "bf16", 4096, 11008, *nvidia, activation="silu")
 
 
 def loss() -> Iterator[Case]:
-    def case(dtype, vocab, label="aligned", weighted=False, **options):
+    def case(dtype, vocab, *targets, label="aligned", weighted=False, **options):
         def run():
             logits = tensor(4096, vocab, dtype=DTYPES[dtype])
             if weighted:
@@ -264,19 +263,19 @@ def loss() -> Iterator[Case]:
             target = tensor(4096, dtype=torch.int64)
             forward_backward(fastlm.cross_entropy, logits, target, **options)
 
-        return Case(f"loss-{dtype}-{label}-{vocab}", run)
+        return Case(f"loss-{dtype}-{label}-{vocab}", run, targets)
 
-    yield case("bf16", 32768)
-    yield case("fp32", 50304, label_smoothing=0.1, z_loss=1e-4)
-    yield case("fp16", 30522, "odd")
+    yield case("bf16", 32768, BLACKWELL, AMD)
+    yield case("fp32", 50304, HOPPER, AMD, label_smoothing=0.1, z_loss=1e-4)
+    yield case("fp16", 30522, AMPERE, label="odd")
     every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
-    yield case("bf16", 256000, "every-aligned", weighted=True, **every)
-    yield case("fp32", 257, "every-odd", weighted=True, **every)
+    yield case("bf16", 256000, HOPPER, label="every-aligned", weighted=True, **every)
+    yield case("fp32", 257, AMPERE, HOPPER, label="every-odd", weighted=True, **every)
 
 
 def rotary() -> Iterator[Case]:
-    def case(label, dtype, headdim, half, nheads=32, rows=4096, trained=False, positions=False,
-             **options):  # fmt: skip
+    def case(label, dtype, headdim, half, *targets, nheads=32, rows=4096, trained=False,
+             positions=False, **options):  # fmt: skip
         def run():
             x = tensor(4, 4096, nheads, headdim, dtype=DTYPES[dtype])
             tables = (tensor(rows, half, grad=trained) for _ in range(2))
@@ -284,19 +283,20 @@ def rotary() -> Iterator[Case]:
                 options["positions"] = tensor(4, 4096, dtype=torch.int64)
             forward_backward(fastlm.rotary, x, *tables, **options)
 
-        return Case(f"rotary-{dtype}-{label}-{headdim}", run)
+        return Case(f"rotary-{dtype}-{label}-{headdim}", run, targets)
 
-    yield case("halves-aligned", "bf16", 128, 64)
-    yield case("neighbours-aligned", "bf16", 128, 64, interleaved=True)
-    yield case("halves-aligned", "fp32", 64, 32, nheads=12)
-    yield case("partial-aligned", "fp16", 80, 16, nheads=8, positions=True)
-    yield case("partial-neighbours-odd", "fp16", 81, 13, nheads=71, interleaved=True)
+    yield case("halves-aligned", "bf16", 128, 64, AMPERE, BLACKWELL, AMD)
+    yield case("neighbours-aligned", "bf16", 128, 64, HOPPER, interleaved=True)
+    yield case("halves-aligned", "fp32", 64, 32, HOPPER, AMD, nheads=12)
+    yield case("partial-aligned", "fp16", 80, 16, AMPERE, nheads=8, positions=True)
+    odd = {"nheads": 71, "interleaved": True}
+    yield case("partial-neighbours-odd", "fp16", 81, 13, HOPPER, AMD, **odd)
     yield case("trained-aligned", "bf16", 128, 64, nheads=8, trained=True, positions=True)
-    yield case("trained-neighbours-aligned", "bf16", 128, 64, trained=True, interleaved=True)
 
 
 def embedding() -> Iterator[Case]:
-    def case(label, dtype, dim, norm=True, tables=True, index=torch.int64, params=None, **options):
+    def case(label, dtype, dim, *targets, norm=True, tables=True, index=torch.int64, params=None,
+             **options):  # fmt: skip
         def run():
             of = {"dtype": DTYPES[dtype]}
             ids = lambda: tensor(32, 512, dtype=index)
@@ -308,16 +308,16 @@ def embedding() -> Iterator[Case]:
                 options["type_weight"], options["type_ids"] = tensor(2, dim, **of), ids()
             forward_backward(fastlm.embedding, ids(), tensor(30522, dim, **of), **options)
 
-        return Case(f"embedding-{dtype}-{label}-{dim}", run)
+        return Case(f"embedding-{dtype}-{label}-{dim}", run, targets)
 
     dropout = {"dropout_p": 0.1, "seed": 1}
-    yield case("bert-aligned", "bf16", 768, **dropout, padding_idx=0)
-    yield case("bert-aligned", "fp32", 1024, **dropout)
-    yield case("bert-mixed-aligned", "fp16", 1024, params=torch.float32, index=torch.int32)
-    yield case("bert-odd", "fp16", 1001, **dropout)
-    yield case("plain-aligned", "bf16", 4096, norm=False, tables=False)
-    yield case("dropout-aligned", "bf16", 2048, norm=False, tables=False, **dropout)
-    yield case("widest-tile-aligned", "bf16", 8192, **dropout)
+    yield case("bert-aligned", "bf16", 768, BLACKWELL, **dropout, padding_idx=0)
+    yield case("bert-aligned", "fp32", 1024, HOPPER, AMD, **dropout)
+    mixed = {"params": torch.float32, "index": torch.int32}
+    yield case("bert-mixed-aligned", "fp16", 1024, AMPERE, **mixed)
+    yield case("bert-odd", "fp16", 1001, HOPPER, **dropout)
+    yield case("dropout-aligned", "bf16", 2048, HOPPER, norm=False, tables=False, **dropout)
+    yield case("widest-tile-aligned", "bf16", 8192, HOPPER, BLACKWELL, **dropout)
     yield case("wide-aligned", "bf16", 16384, **dropout)
 
 
@@ -337,12 +337,12 @@ def linear_loss() -> Iterator[Case]:
 
         return Case(f"linear_loss-{dtype}-{label}-{vocab}", run, targets)
 
-    yield case("bf16", 128256, 4096, "aligned", bias=False)
-    yield case("fp16", 30522, 768, "aligned", bias=False)
+    yield case("bf16", 128256, 4096, "aligned", AMD, bias=False)
+    yield case("fp16", 30522, 768, "aligned", HOPPER, bias=False)
     every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "reduction": "sum"}
-    yield case("bf16", 256000, 2304, "every", "sm_80", "sm_90", weighted=True, **every)
-    yield case("bf16", 257, 33, "every-odd", "sm_90", weighted=True, **every)
-    yield case("fp32", 50257, 768, "plain", "sm_80", "sm_90", "gfx942")
+    yield case("bf16", 256000, 2304, "every", HOPPER, weighted=True, **every)
+    yield case("bf16", 257, 33, "every-odd", HOPPER, weighted=True, **every)
+    yield case("fp32", 50257, 768, "plain", AMPERE, AMD)
 
 
 def masked_lm() -> Iterator[Case]:
@@ -355,5 +355,5 @@ def masked_lm() -> Iterator[Case]:
 
         return Case(f"masked_lm-{dtype}-{label}-{dim}", run, targets)
 
-    yield case("bf16", 768, 30522, "aligned")
-    yield case("fp32", 1024, 30522, "plain", "sm_80", "sm_90", "gfx942")
+    yield case("bf16", 768, 30522, "aligned", AMPERE, BLACKWELL)
+    yield case("fp32", 1024, 30522, "plain", HOPPER, AMD)

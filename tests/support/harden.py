@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import quicken
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
@@ -33,7 +34,7 @@ def install() -> None:
     _round_casts(builder)
     _round_functions(builder)
     _record_ranges(interpreter.GridExecutor)
-    _patch_once(interpreter.GridExecutor)
+    quicken.install()
 
 
 def _check_accesses(builder) -> None:
@@ -147,23 +148,3 @@ def _record_ranges(executor) -> None:
         return out
 
     executor._init_args_hst = init_args
-
-
-def _patch_once(executor) -> None:
-    """Makes calls of device functions cheap: stock, each one patches all of triton.language again,
-    which is half of a launch's time."""
-    patch, launch = interpreter._patch_lang, executor.__call__
-    patched: set[str] = set()  # names of modules, in this launch
-
-    def patch_new(fn):
-        modules = {x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core}
-        if modules and modules <= patched:
-            return interpreter._LangPatchScope()
-        patched.update(modules)
-        return patch(fn)
-
-    def call(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, executor.__call__ = patch_new, call
