@@ -149,3 +149,22 @@ def test_cpu_norm_is_not_for_transforms(chunks):
     torch.func.vmap(lambda x: fastlm.rms_norm(x, weight))(x)
     torch.compile(lambda x: fastlm.rms_norm(x, weight), backend="eager", fullgraph=True)(x)
     assert not chunks
+
+
+@pytest.mark.parametrize("op,dtype", [("layer_norm", torch.bfloat16), ("rms_norm", torch.float32)])
+def test_cpu_norm_of_no_rows(op, dtype, chunks):
+    inputs = norm_inputs(op, 0, 24, [dtype] * 3, residual=False)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    y = getattr(fastlm, op)(**inputs)
+    dx, *vectors = torch.autograd.grad(y.sum(), leaves)
+    assert chunks and dx.shape == (0, 24) and not any(v.any() for v in vectors)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_norm_may_be_written_to(op, chunks):
+    inputs = norm_inputs(op, 6, 24, [torch.bfloat16] * 3, residual=False)
+    x = inputs.pop("x").view(2, 3, 24).requires_grad_()
+    fn = getattr(fastlm, op)
+    (expected,) = torch.autograd.grad((fn(x, **inputs) * 2).sum(), x)
+    (actual,) = torch.autograd.grad(fn(x, **inputs).mul_(2).sum(), x)
+    assert chunks and torch.equal(actual, expected)

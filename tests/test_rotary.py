@@ -266,6 +266,17 @@ def test_rotary_twice_and_inputs_unmodified(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_may_be_written_to(interleaved, impl, device):
+    x, cos, sin = rotary_inputs(torch.float32, device, half=6).values()
+    x.requires_grad_()
+    turn = partial(fastlm.rotary, interleaved=interleaved, impl=impl)
+    (expected,) = torch.autograd.grad((turn(x, cos, sin) * 2).sum(), x)
+    (actual,) = torch.autograd.grad(turn(x, cos, sin).mul_(2).sum(), x)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_rotary_with_frozen_tables_has_second_derivatives(impl, device):
     """Through the incoming gradient, without x."""
 

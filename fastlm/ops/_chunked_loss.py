@@ -111,7 +111,7 @@ def chunked_linear_cross_entropy(
             if x.device.type != "cpu":  # else there is no ignored row in the chunk
                 x_c = x_c.masked_fill(~some[0][:, None], 0.0)  # not even its NaN reaches a gradient
             loss[rows], ds = _chunk(x_c, head, *some, classes, options, sums.wanted)
-            sums.add(rows, x_c, ds)
+            sums.add(rows, x_c, head, ds)
         return loss, total, *sums.results()
 
 
@@ -120,7 +120,7 @@ class _Sums:
 
     def __init__(self, x, weight, bias, need_dx, need_dweight, need_dbias, acc, gathers):
         self.wanted = need_dx or need_dweight or need_dbias
-        self.weight, self.first = weight, True
+        self.first = True
         dx_dtype, dweight_dtype = gradient_dtypes(x, weight)
         new = lambda make, needed, like, dtype: make(like.shape if needed else (0,), dtype=dtype)
         # Ignored rows get no chunk.
@@ -128,10 +128,9 @@ class _Sums:
         self.dweight = new(x.new_empty, need_dweight, weight, dweight_dtype)
         self.dbias = new(x.new_zeros, need_dbias, bias, acc)
 
-    def add(self, rows, x, ds) -> None:
+    def add(self, rows, x, head, ds) -> None:
         if self.dx.numel():
-            part = ds if self.weight is None else ds @ self.weight.to(ds.dtype)
-            self.dx[rows] = part.to(self.dx.dtype)
+            self.dx[rows] = (ds if head is None else ds @ head[0]).to(self.dx.dtype)
         if self.dweight.numel():
             _add_product(self.dweight, ds, x, self.first)
         if self.dbias.numel():

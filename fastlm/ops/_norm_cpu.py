@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastlm.ops._rows import as_rows, viewed_as
+from fastlm.ops._rows import as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import gradients, in_functorch, in_transform
 from fastlm.reference import norm as reference
 
@@ -46,7 +46,7 @@ class CpuNorm(torch.autograd.Function):
         else:
             y, rstd = _rms(rows, scale, eps, x_dtype if kind == "rms_llama" else None, out_dtype)
             mean = torch.zeros_like(rstd)
-        return viewed_as(y.to(out_dtype), z), mean, rstd
+        return in_shape(y.to(out_dtype), z.shape), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,7 +119,9 @@ def _gradients(incoming, inputs, kept, options, needs):
         if by_chunk:  # what its mean took away
             dmean = part[0].mean(1) if scale is None else (part[0] @ scale).div_(rows.shape[1])
             torch.add(dpart, dmean[:, None] * rstd[chunk], out=dz[chunk])
-    total = lambda i, like: torch.stack([s[i] for s in sums]).sum(0).to(like.dtype)
+    total = lambda i, like: (
+        torch.stack([s[i] for s in sums]).sum(0).to(like.dtype) if sums else torch.zeros_like(like)
+    )
     return (
         viewed_as(dz.to(z.dtype), z) if need_z else None,
         total(0, weight) if need_weight else None,

@@ -103,7 +103,9 @@ class _Turn(torch.autograd.Function):
             if last != 1 or any(n % 2 for n in (*strides, part.storage_offset())):
                 part = part.clone(memory_format=torch.contiguous_format)
             pairs = torch.view_as_complex(part.unflatten(-1, (half, 2)))
-            y = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+            # No view, which users could not write to.
+            y = torch.view_as_real(pairs * torch.complex(cos, sin))
+            y = torch.ops.aten._unsafe_view(y, part.shape)
         else:
             y = part * torch.cat((cos, cos), -1)
             y[..., :half].addcmul_(part[..., half:], sin, value=-1.0)
