@@ -83,16 +83,14 @@ def _simulated(request, _seeded):
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Runs the tests marked `sanitized`, which together meet every CUDA C++ kernel, in the other
-    modes of the host build too, before their own. Under the sanitizers, in one of them, where
-    copies land at the other time: which addresses a kernel touches does not depend on the mode."""
+    modes of the host build too, before their own."""
     if not _is_simulated(pyfuncitem) or not pyfuncitem.get_closest_marker("sanitized"):
         return
     import simt_build
 
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    modes = len(simt_build.MODES)
-    for shift in (modes // 2 + 1,) if SANITIZED else range(1, modes):
+    for shift in range(1, len(simt_build.MODES)):
         _set_mode(pyfuncitem, shift)
         pyfuncitem.obj(**arguments)
     _set_mode(pyfuncitem)
