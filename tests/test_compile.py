@@ -13,6 +13,8 @@ import pytest
 from compile_gate import Row, broken_rules
 from golden import read_table
 
+# Kernels that no configuration of a target launches.
+UNUSED = {"gfx942": {"norm_bwd_parts_kernel"}}
 UPDATE = "python tests/support/compile_gate.py --update"
 
 
@@ -45,7 +47,8 @@ def test_compile_covers_every_kernel(target):
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    assert names and names == covered
+    unused = UNUSED.get(target, set())
+    assert names and names == covered | unused and not covered & unused
 
 
 def _row(**changes) -> Row:
