@@ -86,13 +86,13 @@ def test_cpu_cross_entropy_shapes(dtype, shape, chunks):
 
 def test_cpu_cross_entropy_of_large_logits_alone(monkeypatch):
     blocks = count_blocks(monkeypatch)
-    inputs = loss_inputs(40, 2**16, torch.float32)
+    inputs = loss_inputs(40, 2**18, torch.float32)
     run_oracle(inputs)
     assert blocks and sum(rows for rows, _ in blocks) == 27
     del blocks[:]
     with torch.no_grad():
         fastlm.cross_entropy(**inputs)
-    gradients(loss_inputs(40, 2**10, torch.float32))
+    gradients(loss_inputs(40, 2**12, torch.float32))
     assert not blocks
 
 

@@ -346,7 +346,7 @@ def _torch_cross_entropy(
 
 
 # From how many logits on, which then do not stay in a CPU's caches.
-_CHUNKED_FROM = 2**21
+_CHUNKED_FROM = 2**23
 
 
 def _by_chunks(logits: torch.Tensor) -> bool:
