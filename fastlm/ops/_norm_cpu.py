@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from fastlm.ops._rows import as_rows, in_shape, viewed_as
-from fastlm.ops._transforms import gradients, in_functorch, in_transform
+from fastlm.ops._transforms import gradients, in_plain_eager
 from fastlm.reference import norm as reference
 
 _CHUNK = 2**17  # elements: in fp32 half a megabyte of each tensor
@@ -26,17 +26,17 @@ def is_for(z: torch.Tensor) -> bool:
     leaves noise in a row of one column; compilers and transforms want what they can see through."""
     if z.device.type != "cpu" or z.dtype == torch.float64 or z.shape[-1] == 1:
         return False
-    return not (torch.compiler.is_compiling() or in_transform() or in_functorch())
+    return in_plain_eager()
 
 
 class CpuNorm(torch.autograd.Function):
-    """(z, weight, bias, eps, kind, x_dtype, out_dtype) -> (y, mean, rstd); z as half or fp32.
+    """(z, weight, bias, kind, eps, x_dtype, out_dtype) -> (y, mean, rstd); z as half or fp32.
 
-    `kind` is "layer" or "rms_" and a casting; RMSNorm has mean 0 and no bias.
+    `kind` as in `reference.normalize`; RMSNorm has mean 0 and no bias.
     """
 
     @staticmethod
-    def forward(z, weight, bias, eps, kind, x_dtype, out_dtype):
+    def forward(z, weight, bias, kind, eps, x_dtype, out_dtype):
         rows = as_rows(z)
         scale = _scale(weight, z, kind)
         if kind == "layer":
@@ -98,7 +98,7 @@ def _rms(z, scale, eps: float, rounded: torch.dtype | None, out_dtype):
 
 def _gradients(incoming, inputs, kept, options, needs):
     (dy,), (z, weight, bias), (mean, rstd) = incoming, inputs, kept
-    kind = options[1]
+    kind = options[0]
     dy, rows, (need_z, need_weight, need_bias) = as_rows(dy), as_rows(z), needs
     if dy.dtype != rows.dtype:
         dy, rows = dy.float(), rows.float()
@@ -130,9 +130,4 @@ def _gradients(incoming, inputs, kept, options, needs):
 
 
 def _reference(inputs, kept, options):
-    z, weight, bias = inputs
-    eps, kind, x_dtype, out_dtype = options
-    if kind == "layer":
-        return (reference.normalize_layer(z, weight, bias, eps, out_dtype),)
-    casting = kind.removeprefix("rms_")
-    return (reference.normalize_rms(z, weight, eps, casting, x_dtype, out_dtype),)
+    return (reference.normalize(*inputs, *options),)

@@ -35,6 +35,11 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def in_plain_eager() -> bool:
+    """Neither compiled nor within a transform: calls may depend on data, and write in place."""
+    return not (torch.compiler.is_compiling() or in_functorch() or in_transform())
+
+
 def in_create_graph() -> bool:
     """Within a backward whose gradients are to be differentiable. (Compiled code has none such: the
     compiler refuses second derivatives by itself.)"""

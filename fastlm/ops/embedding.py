@@ -20,7 +20,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import as_rows, in_shape
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
 from fastlm.reference.dropout import dropout_rows
 from fastlm.reference.embedding import embedding as _reference
 from fastlm.reference.norm import layer_norm
@@ -301,7 +301,7 @@ def _sum(
     acc = torch.promote_types(y.dtype, torch.float32)
     if wide or len(rows) > 1 or any(t.dtype != y.dtype for t in rows):
         y = y + rows.pop(0).to(acc) if rows and y.dtype != acc else y.to(acc)
-    in_place = not torch.compiler.is_compiling() and not in_transform() and not in_functorch()
+    in_place = in_plain_eager()
     for t in rows:
         y = y.add_(t) if in_place else y + t.to(y.dtype)
     return y
@@ -309,7 +309,7 @@ def _sum(
 
 def _normalized(y, weight, bias, eps) -> torch.Tensor:
     if _norm_cpu.is_for(y):
-        return apply(_norm_cpu.CpuNorm, y, weight, bias, eps, "layer", y.dtype, y.dtype)[0]
+        return apply(_norm_cpu.CpuNorm, y, weight, bias, "layer", eps, y.dtype, y.dtype)[0]
     return layer_norm(y, weight, bias, eps=eps)
 
 

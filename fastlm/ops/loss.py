@@ -20,7 +20,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
 from fastlm.reference import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -177,8 +177,7 @@ def cross_entropy(
         return _torch_cross_entropy(logits, target, class_weight, *options, reduction, out_dtype)
     class_weight = None if class_weight is None else class_weight.contiguous()
     loss, *_, row_weight = apply(
-        _CrossEntropy, *_as_3d(logits, target), class_weight, ignore_index, float(label_smoothing),
-        float(z_loss), None if softcap is None else float(softcap),
+        _CrossEntropy, *_as_3d(logits, target), class_weight, *as_numbers(*options)
     )  # fmt: skip
     if reduction == "none":
         return loss.view(target.shape).to(out_dtype)
@@ -254,8 +253,7 @@ def linear_cross_entropy(
     dtype, out_dtype = _linear_dtypes(x, weight, bias)
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (x, weight, bias))
-    options = (ignore_index, float(label_smoothing), float(z_loss),
-               None if softcap is None else float(softcap))  # fmt: skip
+    options = as_numbers(*options)
     if in_transform():  # for which the chunks have no rule
         return reference.linear_cross_entropy(
             x, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
@@ -295,6 +293,12 @@ def check_loss(
     require_choice(op, "reduction", reduction, REDUCTIONS)
 
 
+def as_numbers(ignore_index, label_smoothing, z_loss, softcap) -> tuple:
+    """A loss's options as contracts declare them, where users may write an int for a float."""
+    softcap = None if softcap is None else float(softcap)
+    return ignore_index, float(label_smoothing), float(z_loss), softcap
+
+
 def _require_number(op, arg, value, constraint, holds) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise fail(op, arg, constraint, type(value).__name__, TypeError)
@@ -331,8 +335,7 @@ def _torch_cross_entropy(
     acc = torch.promote_types(logits.dtype, torch.float32)
     flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if _by_chunks(flat):
-        numbers = (ignore_index, float(label_smoothing), float(z_loss),
-                   None if softcap is None else float(softcap))  # fmt: skip
+        numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
         loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
                          numbers, reduction, (True, False, False), "torch")  # fmt: skip
     elif z_loss > 0.0 or softcap is not None:
@@ -353,8 +356,7 @@ def _by_chunks(logits: torch.Tensor) -> bool:
     """Whether loss and gradient are made in one go: on a CPU, where nothing compiles them."""
     if logits.device.type != "cpu" or logits.numel() < _CHUNKED_FROM:
         return False
-    trains = logits.requires_grad and torch.is_grad_enabled()
-    return trains and not (torch.compiler.is_compiling() or in_functorch() or in_transform())
+    return logits.requires_grad and torch.is_grad_enabled() and in_plain_eager()
 
 
 def _torch_loss(logits, target, class_weight, reduction, **options) -> torch.Tensor:

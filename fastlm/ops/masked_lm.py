@@ -18,8 +18,8 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import LinearCrossEntropy
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_functorch, in_transform
-from fastlm.ops.loss import check_loss, cross_entropy, linear_cross_entropy
+from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
+from fastlm.ops.loss import as_numbers, check_loss, cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm
 from fastlm.reference import loss as reference
 from fastlm.reference.ffn import ACTIVATIONS as FUNCTIONS
@@ -242,9 +242,9 @@ def _fused_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     y, label, *_ = apply(
         _MaskedTransform, x, *transform, labels, dtype, activation, float(eps), ignore_index
     )
-    softcap = options["softcap"]
-    numbers = (ignore_index, float(options["label_smoothing"]), float(options["z_loss"]),
-               None if softcap is None else float(softcap))  # fmt: skip
+    numbers = as_numbers(
+        ignore_index, options["label_smoothing"], options["z_loss"], options["softcap"]
+    )
     grad = torch.is_grad_enabled()
     need = tuple(
         grad and t is not None and t.requires_grad for t in (y, decoder_weight, decoder_bias)
@@ -264,9 +264,7 @@ def _torch_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     *transform, decoder_weight, decoder_bias = parameters.values()
     reduction, masked = options["reduction"], labels != options["ignore_index"]
     # Elsewhere the number of masked rows is not known without waiting for it, or is not static.
-    gathers = x.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or in_functorch() or in_transform()
-    )
+    gathers = x.device.type == "cpu" and in_plain_eager()
     if gathers:
         index = masked.nonzero().squeeze(1)
         x, labels = x[index], labels[index]

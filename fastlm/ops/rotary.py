@@ -12,7 +12,7 @@ from fastlm.ops._transforms import (
     TRANSFORM_REFUSAL,
     gradients,
     in_create_graph,
-    in_functorch,
+    in_plain_eager,
     in_transform,
 )
 from fastlm.reference.rotary import read_angles
@@ -126,7 +126,7 @@ class _Turn(torch.autograd.Function):
 
 def _torch_rotary(x, cos, sin, positions, interleaved) -> torch.Tensor:
     trained = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if trained or torch.compiler.is_compiling() or in_functorch() or in_transform():
+    if trained or not in_plain_eager():
         return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
     acc = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     angles = (read_angles(table, positions, x.shape[-3]).to(acc) for table in (cos, sin))

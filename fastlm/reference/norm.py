@@ -67,6 +67,16 @@ def add_residual(
     return x if residual is None else residual + x
 
 
+def normalize(
+    z, weight, bias, kind: str, eps: float, x_dtype: torch.dtype, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The norm of a kind: "layer", "rms", or "rms_" and a casting other than torch's."""
+    if kind == "layer":
+        return normalize_layer(z, weight, bias, eps, out_dtype)
+    casting = "torch" if kind == "rms" else kind.removeprefix("rms_")
+    return normalize_rms(z, weight, eps, casting, x_dtype, out_dtype)
+
+
 def normalize_layer(z, weight, bias, eps: float, out_dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm of z; statistics in fp32 (fp64 for fp64)."""
     acc = z.to(torch.promote_types(z.dtype, torch.float32))
