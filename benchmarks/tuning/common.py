@@ -174,6 +174,22 @@ def report(title: str, calls: Sequence[Call], results: Sequence[Result]) -> None
         print(f"  {result.ratio:.3f}  {times} ms  {result.config}", flush=True)
 
 
+def report_library(
+    what: str, calls: Sequence[Call], best: Result, device: torch.device, seconds: float
+) -> None:
+    """Prints what `library` of each call takes, beside the best configuration."""
+    times = [measure({"": call.library}, device, seconds)[""].median for call in calls]
+    shares = [a / b for a, b in zip(times, best.times_ms, strict=True)]
+    print(f"  {what}: {', '.join(f'{t:.4f}' for t in times)} ms, "
+          f"{', '.join(f'{s:.2f}' for s in shares)} of the best one's")  # fmt: skip
+
+
+def tflops(calls: Sequence[Call], best: Result) -> str:
+    """The rates of calls that know their `flops`."""
+    rates = (c.flops / t / 1e9 for c, t in zip(calls, best.times_ms, strict=True))
+    return ", ".join(f"{rate:.0f}" for rate in rates) + " TFLOP/s"
+
+
 def source(device: torch.device, what: str) -> str:
     """Where an entry of a table comes from."""
     return f"{describe(device).device}, {datetime.date.today().isoformat()}: {what}"

@@ -15,12 +15,22 @@ import torch.nn.functional as F
 from fastlm import shapes
 from fastlm.bench.cases import ffn_case, gated_case
 from fastlm.bench.run import run_case
-from fastlm.bench.timing import measure
 from fastlm.kernels import ffn, ffn_matmul
 from fastlm.kernels.configs import EpilogueConfig, target
 from fastlm.ops.ffn import ffn_by, gated_ffn_by
 from fastlm.testing import assert_close, randn
-from tuning.common import FASTER, Budget, Pick, Picks, fastest, patched, report, source
+from tuning.common import (
+    FASTER,
+    Budget,
+    Pick,
+    Picks,
+    fastest,
+    patched,
+    report,
+    report_library,
+    source,
+    tflops,
+)
 
 PARTS = ("up", "down", "gated_up", "gated_down")
 CONFIGS = "kernels/configs.py"
@@ -69,17 +79,13 @@ def tune_products(args, device, dtype, picks, budget: Budget) -> dict[str, Epilo
         if not results:
             continue
         report(f"ffn {part}", calls, results)
-        library = [measure({"": call.library}, device, 0.1)[""].median for call in calls]
         best = results[0]
-        shares = [a / b for a, b in zip(library, best.times_ms, strict=True)]
-        print(f"  the library and one kernel: {', '.join(f'{t:.4f}' for t in library)} ms, "
-              f"{', '.join(f'{s:.2f}' for s in shares)} of the best one's")  # fmt: skip
+        report_library("the library and one kernel", calls, best, device, 0.1)
         if best.ratio < FASTER:
             chosen[part] = best.config
-            rates = [c.flops / t / 1e9 for c, t in zip(calls, best.times_ms, strict=True)]
-            what = ", ".join(f"{rate:.0f}" for rate in rates) + " TFLOP/s"
+            note = source(device, tflops(calls, best))
             picks.add(Pick(CONFIGS, "_EPILOGUE", [target(device), part],
-                           list(astuple(best.config)[:-1]), source(device, what)))  # fmt: skip
+                           list(astuple(best.config)[:-1]), note))  # fmt: skip
     return chosen
 
 

@@ -8,11 +8,20 @@ from dataclasses import astuple
 import torch
 
 from fastlm import shapes
-from fastlm.bench.timing import measure
 from fastlm.kernels import compact
 from fastlm.kernels.configs import TMA, MatmulConfig, chunk_rows, matmul_config, target
 from fastlm.testing import assert_close, randn
-from tuning.common import FASTER, Budget, Pick, Picks, fastest, report, source
+from tuning.common import (
+    FASTER,
+    Budget,
+    Pick,
+    Picks,
+    fastest,
+    report,
+    report_library,
+    source,
+    tflops,
+)
 
 PRODUCTS = ("dweight", "logits", "dx")
 # (block_m, block_n, block_k, num_warps, num_stages, programs, flatten)
@@ -111,14 +120,9 @@ def tune(args, device: torch.device, dtype: torch.dtype, picks: Picks, budget: B
         if not results:
             continue
         report(f"linear loss, {which}", calls, results)
-        library = [measure({"": call.library}, device, 0.2)[""].median for call in calls]
         best = results[0]
-        shares = [a / b for a, b in zip(library, best.times_ms, strict=True)]
-        print(f"  the library's: {', '.join(f'{t:.4f}' for t in library)} ms, "
-              f"{', '.join(f'{s:.2f}' for s in shares)} of the best one's")  # fmt: skip
+        report_library("the library's", calls, best, device, 0.2)
         if best.ratio < FASTER:
-            rates = [c.flops / t / 1e9 for c, t in zip(calls, best.times_ms, strict=True)]
-            what = ", ".join(f"{rate:.0f}" for rate in rates) + " TFLOP/s"
             path = [[target(device), "half"], which]
             picks.add(Pick("kernels/configs.py", "_MATMUL", path, list(astuple(best.config)[:-1]),
-                           source(device, what)))  # fmt: skip
+                           source(device, tflops(calls, best))))  # fmt: skip
