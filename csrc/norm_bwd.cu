@@ -329,13 +329,8 @@ cudaError_t launch_rows(BackwardTypes<DY, Z, V>, const NormBackward& call, RowPl
                         bool aligned, cudaStream_t stream) {
   if (std::is_same_v<Z, Any>) plan = plan_of_any(plan, needs_of(call));
   plan.aligned = aligned;
-  const dim3 blocks(static_cast<unsigned>(plan.blocks));
-  if (plan.lanes < kWarp) {
-    return launch(norm_bwd_kernel<DY, Z, V, false>, blocks, plan.threads, plan.shared_bytes, stream,
-                  call, plan);
-  }
-  return launch(norm_bwd_kernel<DY, Z, V, true>, blocks, plan.threads, plan.shared_bytes, stream,
-                call, plan);
+  return launch_plan(norm_bwd_kernel<DY, Z, V, false>, norm_bwd_kernel<DY, Z, V, true>, call, plan,
+                     stream);
 }
 
 }  // namespace

@@ -242,13 +242,8 @@ cudaError_t launch_rows(ForwardTypes<X, Z, V>, const NormForward& call, RowPlan 
                         const RowNeeds& needs, bool aligned, cudaStream_t stream) {
   if (std::is_same_v<X, Any>) plan = plan_of_any(plan, needs);
   plan.aligned = aligned;
-  const dim3 blocks(static_cast<unsigned>(plan.blocks));
-  if (plan.lanes < kWarp) {
-    return launch(norm_fwd_kernel<X, Z, V, false>, blocks, plan.threads, plan.shared_bytes, stream,
-                  call, plan);
-  }
-  return launch(norm_fwd_kernel<X, Z, V, true>, blocks, plan.threads, plan.shared_bytes, stream,
-                call, plan);
+  return launch_plan(norm_fwd_kernel<X, Z, V, false>, norm_fwd_kernel<X, Z, V, true>, call, plan,
+                     stream);
 }
 
 }  // namespace

@@ -39,30 +39,15 @@ struct Addends {
 template <typename Z>
 constexpr bool kEarly = !std::is_same_v<Z, Any>;
 
-template <typename X, typename Z, int V>
-__device__ inline void load_x(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
-                              Columns<V> columns, int64_t first, bool whole) {
+template <typename T, int V>
+__device__ inline void load_tile(Vector<T, V> (&to)[kItems / V], const RowTensor& x, int64_t row,
+                                 int64_t cols, Columns<V> columns, int64_t first, bool whole) {
 #pragma unroll
   for (int k = 0; k < kItems / V; k++) {
-    in->x[k] = Vector<X, V>{};
+    to[k] = Vector<T, V>{};
     const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, call.cols, whole);
-    if (count > 0) in->x[k] = load_once<X, V>(call.x, row * call.x.stride + col, count, whole);
-  }
-}
-
-template <typename X, typename Z, int V>
-__device__ inline void load_residual(Addends<X, Z, V>* in, const NormForward& call, int64_t row,
-                                     Columns<V> columns, int64_t first, bool whole) {
-#pragma unroll
-  for (int k = 0; k < kItems / V; k++) {
-    in->residual[k] = Vector<Z, V>{};
-    const auto col = columns.at(first, k);
-    const int count = columns_at<V>(col, call.cols, whole);
-    if (count > 0) {
-      in->residual[k] =
-          load_once<Z, V>(call.residual, row * call.residual.stride + col, count, whole);
-    }
+    const int count = columns_at<V>(col, cols, whole);
+    if (count > 0) to[k] = load_once<T, V>(x, row * x.stride + col, count, whole);
   }
 }
 
@@ -101,9 +86,9 @@ template <typename X, typename Z, int V>
 __device__ inline void load_z(Vector<Z, V> (&z)[kItems / V], const NormForward& call, int64_t row,
                               Columns<V> columns, int64_t first, bool whole) {
   Addends<X, Z, V> in;
-  load_x(&in, call, row, columns, first, whole);
+  load_tile(in.x, call.x, row, call.cols, columns, first, whole);
   if (kEarly<Z> && call.residual.ptr != nullptr) {
-    load_residual(&in, call, row, columns, first, whole);
+    load_tile(in.residual, call.residual, row, call.cols, columns, first, whole);
   }
   add_up(z, in, call, row, columns, first, whole);
 }

@@ -362,4 +362,13 @@ inline RowPlan plan_of_any(RowPlan plan, const RowNeeds& needs) {
   return plan;
 }
 
+// Launches the kernel for rows of parts of a warp, or that for rows of whole warps.
+template <typename Kernel, typename Call>
+cudaError_t launch_plan(Kernel* parts, Kernel* warps, const Call& call, const RowPlan& plan,
+                        cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(plan.blocks));
+  return launch(plan.lanes < kWarp ? parts : warps, blocks, plan.threads, plan.shared_bytes, stream,
+                call, plan);
+}
+
 }  // namespace fastlm
