@@ -1,9 +1,12 @@
-"""cross_entropy of large logits on a CPU: the torch backend makes loss and gradient at once."""
+"""What the torch backend does on a CPU with large logits, whose loss and gradient it makes at once,
+and with small heads, whose logits it makes."""
 
 import itertools
 
 import pytest
 import torch
+from linear_loss_cases import head_inputs
+from linear_loss_cases import run_oracle as run_head_oracle
 
 import fastlm
 from fastlm.ops import _chunked_loss, _linear_loss
@@ -161,3 +164,74 @@ def test_cpu_cross_entropy_by_chunks_is_not_for_transforms(chunks, monkeypatch):
     run = lambda x: fastlm.cross_entropy(x, inputs["target"])
     torch.func.grad(run)(inputs["logits"])
     torch.compile(run, backend="eager", fullgraph=True)(inputs["logits"].requires_grad_())
+
+
+SMALL = {"bias": torch.float32, "class_weight": torch.float32, "label_smoothing": 0.1}
+SMALL_SETS = [names for n in range(4) for names in itertools.combinations(SMALL, n)]
+
+
+@pytest.fixture
+def no_chunks(monkeypatch):
+    monkeypatch.setattr(_linear_loss, "_CALLS", None)
+
+
+def head_of(dtype, ignored=False, **inputs) -> dict:
+    head = head_inputs(13, 19, 6, dtype, "cpu", **inputs)
+    if not ignored:
+        head["target"].clamp_(min=0)
+    return head
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("names", SMALL_SETS, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_small_head_options(dtype, names, reduction, no_chunks):
+    inputs = {n: SMALL[n] for n in names if n != "label_smoothing"}
+    options = {n: SMALL[n] for n in names if n not in inputs}
+    run_head_oracle("torch", head_of(dtype, **inputs), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        (head_of(torch.float32, ignored=True), {}),
+        (head_of(torch.float16), {}),
+        (head_of(torch.float32), {"z_loss": 0.1}),
+        (head_of(torch.float32), {"softcap": 2.0}),
+    ],
+    ids=["ignored", "fp16", "z_loss", "softcap"],
+)
+def test_cpu_small_head_goes_by_chunks_where_logits_would_not_do(inputs, options, monkeypatch):
+    blocks = count_blocks(monkeypatch)
+    fastlm.linear_cross_entropy(**inputs, **options)
+    assert blocks
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cpu_small_head_derivatives_of_derivatives(reduction, no_chunks):
+    inputs = head_of(torch.float64, bias=torch.float64)
+    target = inputs.pop("target")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    run = lambda x, weight, bias: fastlm.linear_cross_entropy(
+        x, weight, target, bias=bias, reduction=reduction
+    )
+    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("outside", [-1, 19])
+def test_cpu_small_head_target_outside_raises(outside, no_chunks):
+    inputs = head_of(torch.float32)
+    inputs["target"][3] = outside
+    message = f"linear_cross_entropy: target must be ignore_index or from 0 to 18, got {outside}"
+    with pytest.raises(IndexError, match=message):
+        fastlm.linear_cross_entropy(**inputs)
+
+
+def test_cpu_small_head_under_autocast(no_chunks):
+    inputs = head_of(torch.float32)
+    lowered = {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastlm.linear_cross_entropy(**inputs)
+    assert loss.dtype == torch.float32
+    expected = fastlm.linear_cross_entropy(**lowered)
+    assert torch.equal(loss.bfloat16(), expected)

@@ -301,10 +301,16 @@ def test_cross_entropy_target_outside_is_nan_in_the_kernels(dtype, outside, devi
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("outside", [-1, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_cross_entropy_target_outside_raises_on_cpu(softcap):
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        fastlm.cross_entropy(torch.ones(2, 4), torch.tensor([0, 4]), softcap=softcap)
+def test_cross_entropy_target_outside_raises_on_cpu(softcap, outside, reduction):
+    message = f"cross_entropy: target must be ignore_index or from 0 to 3, got {outside}"
+    with pytest.raises(IndexError, match=message):
+        fastlm.cross_entropy(
+            torch.ones(3, 4), torch.tensor([0, -100, outside]), softcap=softcap,
+            reduction=reduction,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,6 +13,7 @@ from linear_loss_cases import DTYPES, REDUCTIONS, gradients, head_inputs, run_or
 import fastlm
 from fastlm.kernels import linear_loss
 from fastlm.ops import _chunked_loss
+from fastlm.ops import loss as loss_ops
 from fastlm.reference import loss as reference
 from fastlm.shapes import LOSS_LARGE, LOSS_SMALL
 from fastlm.testing import (
@@ -40,6 +41,7 @@ PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTION
 @pytest.fixture
 def small_chunks(monkeypatch):
     """The torch backend's chunks have 4 rows, in blocks, its half-precision products 5 classes."""
+    monkeypatch.setattr(loss_ops, "_SMALL_HEAD", 0)
     monkeypatch.setattr(_chunked_loss, "_BLOCK", 48)
     monkeypatch.setattr(_chunked_loss, "_CHUNK", {"cpu": 64})
     monkeypatch.setattr(_chunked_loss, "_CHUNK_ELSEWHERE", 64)

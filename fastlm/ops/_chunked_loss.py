@@ -161,12 +161,16 @@ def _kept_rows(target, ignore_index, vocab, linear) -> torch.Tensor | None:
     if target.device.type != "cpu":
         return None
     kept = (target != ignore_index).nonzero().squeeze(1)
-    outside = (target[kept] < 0) | (target[kept] >= vocab)
-    if outside.any():
-        op = "linear_cross_entropy" if linear else "cross_entropy"
-        first, classes = target[kept][outside][0].item(), f"from 0 to {vocab - 1}"
-        raise fail(op, "target", f"be ignore_index or {classes}", first, IndexError)
+    op = "linear_cross_entropy" if linear else "cross_entropy"
+    require_classes(op, target[kept], ignore_index, vocab)
     return kept if len(kept) < target.shape[0] else None
+
+
+def require_classes(op: str, target: torch.Tensor, ignore_index: int, vocab: int) -> None:
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    if outside.any():
+        constraint = f"be ignore_index or from 0 to {vocab - 1}"
+        raise fail(op, "target", constraint, target[outside][0].item(), IndexError)
 
 
 def _chunk_rows(device: torch.device, vocab: int, linear: bool) -> int:

@@ -1,4 +1,4 @@
-"""The layout that row-wise kernels take: (rows, cols) with last stride 1."""
+"""The layout that row-wise kernels take: (rows, cols) with last stride 1, contiguous vectors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional vector of one element a column, as kernels read it."""
+    return None if vector is None else vector.contiguous()
 
 
 def in_shape(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:

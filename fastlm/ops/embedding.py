@@ -19,7 +19,7 @@ from fastlm.ops._check import (
     require_tensor,
 )
 from fastlm.ops._library import apply, contract
-from fastlm.ops._rows import as_rows, in_shape
+from fastlm.ops._rows import as_rows, contiguous, in_shape
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
 from fastlm.reference.dropout import dropout_rows
 from fastlm.reference.embedding import embedding as _reference
@@ -117,7 +117,7 @@ class _Embedding(torch.autograd.Function):
         ids, positions, type_ids, token_weight, position_weight, type_weight, norm_weight,
         norm_bias, seed, eps, dropout_p, padding_idx,
     ):  # fmt: skip
-        vectors = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))
+        vectors = contiguous(norm_weight), contiguous(norm_bias)
         y, mean, rstd = embedding_fwd(
             *_flat(ids, positions, type_ids), token_weight, position_weight, type_weight, *vectors,
             seed, eps, dropout_p,
@@ -164,7 +164,7 @@ def _gradients(incoming, inputs, kept, options, needs):
     wanted = [t.dtype if n else None for t, n in zip(inputs, needs, strict=True)]
     grads = embedding_bwd(
         as_rows(incoming[0]), *_flat(*indices),
-        *([None] * 4 if norm_weight is None else (*tables, norm_weight.contiguous())),
+        *([None] * 4 if norm_weight is None else (*tables, contiguous(norm_weight))),
         mean, rstd, seed,
         dropout_p, padding_idx, [0 if t is None else t.shape[0] for t in tables], *wanted,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from fastlm.ops._check import (
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
 from fastlm.ops._ffn_matmul import WAYS, choose_way, library_has
 from fastlm.ops._library import apply
+from fastlm.ops._rows import contiguous
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
 from fastlm.reference import ffn as reference
 
@@ -61,7 +62,7 @@ def bias_act(
     backend = choose("bias_act", impl, _BIASED_BACKENDS, x.device, tensors)
     if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
-    return apply(BiasAct, x, _contiguous(bias), seed, activation, float(dropout_p), backend)
+    return apply(BiasAct, x, contiguous(bias), seed, activation, float(dropout_p), backend)
 
 
 def glu(
@@ -167,7 +168,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
         )  # fmt: skip
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     options = (activation, float(dropout_p), keep, backend, goes(backend))
-    y, *_ = apply(Ffn, x, w1, _contiguous(b1), w2, b2, seed, *options)
+    y, *_ = apply(Ffn, x, w1, contiguous(b1), w2, b2, seed, *options)
     return y
 
 
@@ -277,7 +278,3 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
 def _trains(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass will want the hidden layer."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.contiguous()

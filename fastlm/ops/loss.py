@@ -18,8 +18,10 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
+from fastlm.ops._chunked_loss import require_classes
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
+from fastlm.ops._rows import contiguous
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
 from fastlm.reference import loss as reference
 
@@ -174,8 +176,10 @@ def cross_entropy(
     if autocast_dtype(logits.device) is not None:
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     if backend == "torch":
-        return _torch_cross_entropy(logits, target, class_weight, *options, reduction, out_dtype)
-    class_weight = None if class_weight is None else class_weight.contiguous()
+        return _torch_cross_entropy(
+            op, logits, target, class_weight, *options, reduction, out_dtype
+        )
+    class_weight = contiguous(class_weight)
     loss, *_, row_weight = apply(
         _CrossEntropy, *_as_3d(logits, target), class_weight, *as_numbers(*options)
     )  # fmt: skip
@@ -259,7 +263,14 @@ def linear_cross_entropy(
             x, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
         )  # fmt: skip
-    flat = x.reshape(-1, x.shape[-1]), weight, bias, target.reshape(-1), class_weight
+    if backend == "torch" and _is_small_head(
+        x, weight, bias, target, class_weight, dtype, *options
+    ):
+        logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _torch_cross_entropy(
+            op, logits, target, class_weight, *options, reduction, out_dtype
+        )
+    flat = x.reshape(-1, x.shape[-1]), weight, contiguous(bias), target.reshape(-1), class_weight
     loss, *_ = apply(LinearCrossEntropy, *flat, dtype, options, reduction, need, backend)
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
@@ -328,23 +339,28 @@ _LINEAR_BACKENDS = {"triton": _linear_triton_refuses, "torch": supports_all}
 
 
 def _torch_cross_entropy(
-    logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+    op, logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
     out_dtype,
 ):  # fmt: skip
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    acc = torch.promote_types(logits.dtype, torch.float32)
     flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if _by_chunks(flat):
         numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
         loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
                          numbers, reduction, (True, False, False), "torch")  # fmt: skip
-    elif z_loss > 0.0 or softcap is not None:
-        return reference.cross_entropy(
-            logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
-            reduction=reduction, out_dtype=out_dtype, **options,
-        )  # fmt: skip
-    else:
+        return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
+    try:
+        if z_loss > 0.0 or softcap is not None:
+            return reference.cross_entropy(
+                logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
+                reduction=reduction, out_dtype=out_dtype, **options,
+            )  # fmt: skip
+        acc = torch.promote_types(logits.dtype, torch.float32)
         loss = _torch_loss(flat.to(acc), y.long(), class_weight, reduction, **options)
+    except (IndexError, RuntimeError):
+        if logits.device.type == "cpu":  # which has read the targets
+            require_classes(op, y, ignore_index, logits.shape[-1])
+        raise
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
@@ -359,15 +375,33 @@ def _by_chunks(logits: torch.Tensor) -> bool:
     return logits.requires_grad and torch.is_grad_enabled() and in_plain_eager()
 
 
+# Up to how many logits of a head, 16 MB of fp32, a CPU makes them: chunks would cost more in calls.
+_SMALL_HEAD = 2**22
+
+
+def _is_small_head(
+    x, weight, bias, target, class_weight, dtype, ignore_index, label_smoothing, z_loss, softcap
+) -> bool:
+    """Whether torch's functions are as good: no row is ignored, whose NaN would spread, and fp16
+    does not have to hold gradients of logits, which are small."""
+    if x.device.type != "cpu" or target.numel() * weight.shape[0] > _SMALL_HEAD:
+        return False
+    if z_loss > 0.0 or softcap is not None or dtype == torch.float16:
+        return False
+    ordinary = in_eager((x, weight, bias, target, class_weight)) and in_plain_eager()
+    return ordinary and bool((target != ignore_index).all())
+
+
 def _torch_loss(logits, target, class_weight, reduction, **options) -> torch.Tensor:
     """torch's loss, but for the mean over nothing."""
     weight = None if class_weight is None else class_weight.to(logits.dtype)
-    kept = target != options["ignore_index"]
-    if reduction == "mean" and weight is None and in_eager((logits, target)):
-        if logits.device.type == "cpu" and kept.any():
-            return F.cross_entropy(logits, target, **options)
     if reduction != "mean":
         return F.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    if logits.device.type == "cpu" and in_eager((logits, target, weight)):
+        loss = F.cross_entropy(logits, target, weight, **options)
+        if not math.isnan(loss.item()):
+            return loss
+    kept = target != options["ignore_index"]
     if weight is not None:
         kept = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     loss = F.cross_entropy(logits, target, weight, reduction="sum", **options)

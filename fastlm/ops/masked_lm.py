@@ -18,6 +18,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import LinearCrossEntropy
+from fastlm.ops._rows import contiguous
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
 from fastlm.ops.loss import as_numbers, check_loss, cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm
@@ -238,7 +239,7 @@ def masked_lm_loss(
 def _fused_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     *transform, decoder_weight, decoder_bias = parameters.values()
     ignore_index, reduction = options["ignore_index"], options["reduction"]
-    transform[1:] = [p.contiguous() for p in transform[1:]]
+    transform[1:], decoder_bias = map(contiguous, transform[1:]), contiguous(decoder_bias)
     y, label, *_ = apply(
         _MaskedTransform, x, *transform, labels, dtype, activation, float(eps), ignore_index
     )

@@ -20,7 +20,7 @@ from fastlm.ops._check import (
     require_shape,
 )
 from fastlm.ops._library import apply, contract, cuda_contract, unwanted
-from fastlm.ops._rows import as_rows, in_shape, viewed_as
+from fastlm.ops._rows import as_rows, contiguous, in_shape, viewed_as
 from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
 from fastlm.reference import norm as reference
 
@@ -297,6 +297,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
     if backend == "torch":
         y, z = _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype)
         return (y, z) if prenorm else y
+    weight, bias = contiguous(weight), contiguous(bias)
     has_z = residual is not None or seed is not None
     inputs = (x, residual, weight, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
