@@ -81,7 +81,10 @@ template <typename T, int V>
 __device__ inline void unpack(float (&to)[V], const Vector<T, V>& x) {
   if constexpr (std::is_same_v<T, Any>) {
 #pragma unroll
-    for (int i = 0; i < V; i++) to[i] = x.at[i];
+    for (int i = 0; i < V; i += 4) {  // by itself the compiler goes float by float
+      const uint4 words = *reinterpret_cast<const uint4*>(x.at + i);
+      memcpy(to + i, &words, 16);
+    }
   } else {
     const auto words = x.words;  // memcpy from memory that x may be in goes byte by byte
     typename PairOf<T>::type pairs[V / 2];
@@ -99,7 +102,11 @@ template <typename T, int V>
 __device__ inline void pack(Vector<T, V>* to, const float (&x)[V]) {
   if constexpr (std::is_same_v<T, Any>) {
 #pragma unroll
-    for (int i = 0; i < V; i++) to->at[i] = x[i];
+    for (int i = 0; i < V; i += 4) {
+      uint4 words;
+      memcpy(&words, x + i, 16);
+      *reinterpret_cast<uint4*>(to->at + i) = words;
+    }
   } else {
     typename PairOf<T>::type pairs[V / 2];
 #pragma unroll
@@ -222,13 +229,13 @@ __device__ inline void store_floats(const RowTensor& to, int64_t at, const float
   }
 }
 
-// The same in a kernel of T, which knows tensors of T and of floats.
+// The same in a kernel of T, which knows tensors of T and of floats; in one of floats, of all.
 template <typename T, int V>
 __device__ inline void store_known(const RowTensor& to, int64_t at, const float (&x)[V], int count,
                                    bool aligned) {
-  if constexpr (std::is_same_v<T, Any>) {
-    store_floats<true>(to, at, x, count, aligned);
-  } else if (std::is_same_v<T, float> || to.dtype == Dtype::kFloat32) {
+  if constexpr (std::is_same_v<T, Any> || std::is_same_v<T, float>) {
+    store_floats<std::is_same_v<T, Any>>(to, at, x, count, aligned);
+  } else if (to.dtype == Dtype::kFloat32) {
     store_floats_of<false>(static_cast<float*>(to.ptr) + at, x, count, aligned);
   } else {
     store_floats_of<false>(static_cast<T*>(to.ptr) + at, x, count, aligned);

@@ -26,7 +26,8 @@ cudaError_t with_backward_types(const NormBackward& call, const Launch& launch) 
   }
   const Dtype half = dy == Dtype::kFloat32 ? z : dy;
   for (const RowTensor& t : {call.dz, call.dx}) {
-    known = known && (t.ptr == nullptr || t.dtype == half || t.dtype == Dtype::kFloat32);
+    known = known && (t.ptr == nullptr || t.dtype == half || t.dtype == Dtype::kFloat32 ||
+                      half == Dtype::kFloat32);
   }
   if (aligned && known) {
     const bool fp16 = half == Dtype::kFloat16;

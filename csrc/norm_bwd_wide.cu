@@ -14,6 +14,13 @@ constexpr int kColumnsWarps = 8;  // of a block of norm_bwd_columns_kernel, each
 constexpr int kSlots = 2 * kWideBlock / kWarp;  // of block_sum
 constexpr int64_t kColumnsRows = 64;  // of a group of rows at least, so that partials stay few
 
+// Vectors of a row in shared memory: an even number, since those of z come behind those of dy, which
+// may have half their size and alignment.
+template <int V>
+__host__ __device__ inline int64_t kept_vectors(int64_t cols) {
+  return ceil_div<int64_t>(cols, 2 * V) * 2;
+}
+
 // What is uniform over the call beside NormBackward.
 struct Plan {
   bool aligned;       // for Any: the others are always
@@ -189,9 +196,8 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   const Segments segments(call.cols, call.splits, phase);
   const int64_t row = segments.row;
   float* slots = shared_memory<float>();
-  const int64_t row_vectors = ceil_div<int64_t>(call.cols, V);
   Vector<DY, V>* kept_dy = reinterpret_cast<Vector<DY, V>*>(slots + kSlots);
-  Vector<Z, V>* kept_z = reinterpret_cast<Vector<Z, V>*>(kept_dy + row_vectors);
+  Vector<Z, V>* kept_z = reinterpret_cast<Vector<Z, V>*>(kept_dy + kept_vectors<V>(call.cols));
 
   Incoming<DY, Z, V, kWideItems> in{};
   float sums[2] = {0.0f, 0.0f};
@@ -293,7 +299,7 @@ cudaError_t launch_wide(BackwardTypes<DY, Z, V>, const NormBackward& call, Plan 
     if (error != cudaSuccess) return error;
     size_t shared = kSlots * sizeof(float);
     const size_t row =
-        ceil_div<int64_t>(call.cols, V) * (sizeof(Vector<DY, V>) + sizeof(Vector<Z, V>));
+        kept_vectors<V>(call.cols) * (sizeof(Vector<DY, V>) + sizeof(Vector<Z, V>));
     plan.keeps_shared =
         call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
     if (plan.keeps_shared) shared += row;

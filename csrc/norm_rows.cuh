@@ -11,6 +11,8 @@
 // Which columns a thread has depends on the width and on V alone, so a row's sums do.
 #pragma once
 
+#include <cfloat>
+
 #include "arch/device.cuh"
 #include "norm.cuh"
 
@@ -23,12 +25,13 @@ constexpr int kMostPlaces = 4;
 constexpr int kMostSums = 4;
 constexpr int kSlots = kMostSums * 32;  // floats, of RowSum
 
-// x / n to the last place or so, in three instructions.
+// x / n to the last place or so, without a division; an x that is not finite stays as it is.
 struct Quotient {
   float n, inverse;
 
   __device__ float operator()(float x) const {
     const float guess = x * inverse;
+    if (!(fabsf(guess) <= FLT_MAX)) return guess;
     return fmaf(fmaf(-guess, n, x), inverse, guess);
   }
 };

@@ -6,6 +6,7 @@ Its operators, `fastlm_cuda::*`, are declared in Python beside those of Triton
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -47,4 +48,24 @@ def _try_to_load() -> str | None:
         load(PATH)
     except OSError as error:
         return f"its library does not load: {error} (from a checkout: {BUILD})"
-    return None
+    return _too_new(*versions(PATH))
+
+
+def versions(path: Path) -> tuple[int, int]:
+    """Of CUDA, 13000 for 13.0: the runtime's in a library, and the newest that the driver knows (0
+    where there is no driver)."""
+    numbers = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(str(path)).fastlm_cuda_versions(*map(ctypes.byref, numbers))
+    runtime, driver = (number.value for number in numbers)
+    return runtime, driver
+
+
+def _too_new(runtime: int, driver: int) -> str | None:
+    """A driver runs what any CUDA of its own major version has built, and what older ones have."""
+    if driver == 0 or runtime // 1000 <= driver // 1000:
+        return None
+    built, known = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime, driver))
+    return (
+        f"its library was built by CUDA {built}, and the driver knows CUDA up to {known}: update "
+        f"the driver, or build the library with an older nvcc (CUDA_HOME=... {BUILD})"
+    )

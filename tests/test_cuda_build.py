@@ -17,6 +17,8 @@ import torch
 from cuda_gate import Row, broken_rules
 from golden import read_table
 
+from fastlm import cuda_library
+
 ROOT = Path(__file__).resolve().parent.parent
 PATH = os.environ["PATH"]
 UPDATE = "python tests/support/cuda_gate.py --update"
@@ -224,6 +226,29 @@ for name in {sorted(_operators())!r}:
     assert "CUDA: registered" in torch._C._dispatch_dump("fastlm_cuda::" + name), name
 """
     subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+def test_library_knows_its_cuda_and_the_drivers():
+    cuda_gate.build()
+    nvcc = builder.find_tools().cuda
+    runtime, driver = cuda_library.versions(cuda_gate.LIBRARY)
+    assert (runtime // 1000, runtime % 1000 // 10) == nvcc
+    assert driver == 0 or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "fits"),
+    [(13000, 0, True), (13000, 13000, True), (13050, 13000, True), (12080, 13000, True),
+     (13000, 12080, False)],
+)  # fmt: skip
+def test_library_of_a_newer_cuda_than_the_driver_is_refused(runtime, driver, fits, monkeypatch):
+    monkeypatch.setattr(cuda_library, "versions", lambda path: (runtime, driver))
+    cuda_gate.build()
+    monkeypatch.setattr(cuda_library, "PATH", cuda_gate.LIBRARY)
+    monkeypatch.setattr(cuda_library, "load", lambda path: None)
+    reason = cuda_library._try_to_load()
+    assert (reason is None) is fits
+    assert fits or "built by CUDA 13.0, and the driver knows CUDA up to 12.8" in reason
 
 
 def _operators() -> set[str]:

@@ -172,6 +172,14 @@ def test_norm_gradcheck(op, options, prenorm):
     assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in tensors])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cols", [64, 300, 20000])
+def test_rms_norm_of_what_overflows_when_squared_is_zero(cols, impl, device):
+    x = torch.full((2, cols), 1e20, device=device, requires_grad=True)
+    y = fastlm.rms_norm(x, impl=impl)
+    assert not y.any() and not torch.autograd.grad(y.sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("what", ["x", "residual", "dy"])

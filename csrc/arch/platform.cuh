@@ -9,6 +9,8 @@
 #include "simt.h"
 #else
 #include <cuda_runtime.h>
+
+#include "runtime.h"
 #endif
 
 #include <cuda_bf16.h>
@@ -57,10 +59,10 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   return simt::launch(kernel, grid, dim3(static_cast<unsigned>(threads)),
                       shared_bytes, args...);
 #else
-  // More than 48 KiB of shared memory is granted only to kernels that ask for it.
+  // More than 48 KiB is granted only to kernels that ask for it.
   if (shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        grant_shared(reinterpret_cast<const void*>(kernel), static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
