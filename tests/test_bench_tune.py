@@ -2,10 +2,12 @@
 
 import json
 import sys
+import threading
 from argparse import Namespace
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,12 +189,110 @@ def test_linear_loss_tries_some_configurations(name, tuning):
     assert all(c.tma == (name in configs.TMA) for c in found)
 
 
-def test_no_candidate_is_begun_when_the_time_is_over(tuning, monkeypatch, capsys):
-    module, picks = sys.modules["tuning.norm"], sys.modules["tuning.common"].Picks()
-    monkeypatch.setattr(module, "PASSES", ("fwd",))
-    monkeypatch.setattr(module, "candidates", lambda *_: [configs.NormConfig(4, 64, 4, 1, 2)])
-    module.tune(Namespace(cols=None), CPU, F16, picks, tuning.Budget(0))
-    assert "no time left" in capsys.readouterr().err and picks.picks == []
+class Tried:
+    """A call that only tells what it was asked for. `takes`: what a launch adds to the clock."""
+
+    name = "tried"
+
+    def __init__(self, clock=None, takes=0.0, fails=()):
+        self.clock, self.takes, self.fails = clock, takes, fails
+        self.ran, self.finished, self.threads = [], [], set()
+
+    def run(self, config):
+        self.ran.append(config)
+        self.threads.add(threading.get_ident())
+        if self.clock is not None:
+            self.clock.append(self.clock[-1] + self.takes)
+
+    def finish(self, config):
+        self.finished.append(config)
+        if config in self.fails:
+            raise RuntimeError("no room for dropout")
+
+    def check(self, config):
+        pass
+
+
+@pytest.fixture
+def clock(tuning, monkeypatch):
+    """The time of budgets: the last of these."""
+    import tuning.common
+
+    times = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: times[-1])
+    monkeypatch.setattr(tuning.common, "time", fake)
+    return times
+
+
+def test_what_the_first_call_compiled_is_tried_by_all(tuning, clock, monkeypatch, capsys):
+    common, calls = sys.modules["tuning.common"], [Tried(clock, 1.0), Tried()]
+    monkeypatch.setattr(common, "_times", lambda calls, config, *_: (1.0, ord(config)))
+    found = common.fastest(calls, "a", "bcd", CPU, tuning.Budget(4))  # two seconds to compile
+    assert [result.config for result in found] == ["a", "b"]
+    assert [call.ran for call in calls] == [["a", "b"], ["a", "b"]]
+    assert capsys.readouterr().err.count(": no time left to compile") == 2
+
+
+def test_what_is_left_out_at_the_end_is_told(tuning, clock, monkeypatch, capsys):
+    """The fastest is finished whatever the time, others while there is some."""
+    common, call = sys.modules["tuning.common"], Tried(fails="b")
+
+    def timed(calls, config, *_):
+        clock.append(clock[-1] + 1)
+        return (float("bca".index(config)),)
+
+    monkeypatch.setattr(common, "_times", timed)
+    found = common.fastest([call], "a", "bc", CPU, tuning.Budget(3))
+    assert call.finished == ["b"] and [result.config for result in found] == ["a"]
+    said = capsys.readouterr().err
+    assert "left out: b: no room for dropout" in said
+    assert "left out: c: no time left to compile" in said
+    call.finished.clear()
+    assert common.fastest([call], "a", "bc", CPU, tuning.Budget(60))[0].config == "c"
+    assert call.finished == ["b", "c", "a"]
+
+
+def test_products_launch_nothing_to_finish(tuning, monkeypatch):
+    """Kernels that are loaded already, from threads that have no part in it."""
+    ffn, loss = sys.modules["tuning.ffn"], sys.modules["tuning.linear_loss"]
+    calls = [ffn.FfnCall(part, 20, 8, CPU, F16) for part in PARTS]
+    calls += [loss.ProductCall("dx", shapes.LossShape(40, 50, 24), CPU, F16)]
+    for call in calls:
+        call.expected = call.x = None  # nothing can be launched without
+        assert call.finish(None) is None
+
+
+def test_the_configuration_in_use_is_launched_before_any_thread_starts(tuning, monkeypatch):
+    """What candidates share is compiled once, and each thread has the device's context."""
+    common, call, entered = sys.modules["tuning.common"], Tried(), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: entered.append(threading.get_ident())
+    )
+    run, here = call.run, threading.get_ident()
+    orders = []
+    monkeypatch.setattr(
+        call, "run", lambda config: (orders.append((config, list(entered))), run(config))
+    )
+    device = torch.device("cuda", 1)
+    assert common._launched([call], "run", ["a", "b", "c"], device, tuning.Budget(60)) == {}
+    assert orders[0] == ("a", []) and sorted(call.ran) == ["a", "b", "c"]
+    assert call.threads == {here, *entered} and here not in entered
+
+
+def test_nothing_is_made_when_the_time_is_over(tuning, monkeypatch, capsys):
+    ffn, norm, loss = (sys.modules[f"tuning.{name}"] for name in ("ffn", "norm", "linear_loss"))
+    for module, name in ((ffn, "FfnCall"), (norm, "NormCall"), (loss, "ProductCall")):
+        made = lambda *_, name=name: pytest.fail(f"{name} was made")
+        monkeypatch.setattr(getattr(module, name), "__init__", made)
+    args = Namespace(cols=None, shape=None, part=["up"], dim=[8], tokens=[24])
+    picks = sys.modules["tuning.common"].Picks()
+    for module in (ffn, norm, loss):
+        module.tune(args, CPU, F16, picks, tuning.Budget(0))
+    said = capsys.readouterr().out
+    for what in ("ffn up", "ffn of 24x8", "norm, fwd, up to 64 columns", "linear loss, dweight"):
+        assert f"no time left for {what}\n" in said
+    assert picks.picks == []
 
 
 def test_all_sweeps_share_the_time(tuning, monkeypatch, capsys):

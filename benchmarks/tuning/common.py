@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +33,8 @@ class Call(Protocol):
     def run(self, config) -> object: ...
 
     def finish(self, config) -> object:
-        """Launches what else will have to be launched with the configuration, once it is used."""
+        """Launches what else will have to be launched with the configuration, once it is used, and
+        `run` does not."""
 
     def check(self, config) -> None:
         """AssertionError where results are not within the oracle's bound."""
@@ -59,6 +61,12 @@ class Budget:
 
     def part(self, share: float) -> Budget:
         return Budget(self.left * share)
+
+    def over(self, what: str) -> bool:
+        """Whether it is too late to begin with `what`, which is said then."""
+        if not self.left:
+            print(f"no time left for {what}", flush=True)
+        return not self.left
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,11 @@ def fastest(
     """Configurations that all calls take, fastest first; `used`, the one in use, is among them, or
     there is none.
 
-    Compiling has half of the time. The three fastest are timed once more, for longer.
+    Compiling has half of the time. The three fastest are timed once more, for longer. `used`, and
+    `finish` of the fastest, are tried when the time is over too: without them it was for nothing.
     """
     configs = list(dict.fromkeys([used, *candidates]))
-    refused = _launched(calls, "run", configs, budget.part(0.5))
+    refused = _launched(calls, "run", configs, device, budget.part(0.5))
     times: dict[object, tuple[float, ...]] = {}
     for config in configs:
         why = refused.get(config)
@@ -121,36 +130,58 @@ def fastest(
         except Exception as error:
             why = _first_line(error)
         if why is not None:
-            print(f"left out: {config}: {why}", file=sys.stderr, flush=True)
-    if used not in times:
-        print(f"what is in use does not pass, and nothing is picked: {used}", flush=True)
-        return []
+            _leave_out(config, why)
+        if used not in times:
+            print(f"what is in use does not pass, and nothing is picked: {used}", flush=True)
+            return []
     best = sorted(times, key=lambda config: math.prod(times[config]))[:6]
-    refused = _launched(calls, "finish", best, Budget(60))
+    refused = _launched(calls, "finish", best, device, Budget(min(60, budget.left)))
+    for config, why in refused.items():
+        _leave_out(config, why)
     best = [used, *[config for config in best if config not in refused][:3]]
     times = {config: _times(calls, config, device, 0.1) for config in dict.fromkeys(best)}
     results = [Result(c, t, _ratio(t, times[used])) for c, t in times.items()]
     return sorted(results, key=lambda result: result.ratio)
 
 
-def _launched(calls: Sequence[Call], how: str, configs: Sequence, budget: Budget) -> dict:
-    """Why some configurations cannot be launched: too much shared memory, for example. Kernels are
-    compiled on all cores, for the first call first: others may need the same."""
+def _launched(
+    calls: Sequence[Call], how: str, configs: Sequence, device: torch.device, budget: Budget
+) -> dict:
+    """Why some configurations cannot be launched: too much shared memory, for example.
 
-    def attempt(call, config):
-        if not budget.left and config is not configs[0]:
+    The first is launched alone, whatever the time: kernels that all share would else be compiled,
+    and loaded, by all threads at once, of which Triton knows nothing. The others are compiled on
+    all cores for the first call; for later calls, which may need the same kernels, those that were.
+    """
+
+    def attempt(call, limit: Budget | None, config) -> str | None:
+        if limit is not None and not limit.left:
             return "no time left to compile"
         try:
             getattr(call, how)(config)
         except Exception as error:
             return _first_line(error)
 
-    refused = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    refused: dict[object, str] = {}
+    with ThreadPoolExecutor(os.cpu_count(), initializer=_enter, initargs=(device,)) as pool:
         for call in calls:
-            reasons = list(pool.map(lambda config, call=call: attempt(call, config), configs))
-            refused |= {c: why for c, why in zip(configs, reasons, strict=True) if why is not None}
+            left = [config for config in configs if config not in refused]
+            reasons = [attempt(call, None, config) for config in left[:1]]
+            limit = budget if call is calls[0] else None
+            reasons += pool.map(partial(attempt, call, limit), left[1:])
+            refused |= {c: why for c, why in zip(left, reasons, strict=True) if why is not None}
     return refused
+
+
+def _enter(device: torch.device) -> None:
+    """Gives a thread the device's context, without which Triton fills no descriptors."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)
+
+
+def _leave_out(config, why: str) -> None:
+    print(f"left out: {config}: {why}", file=sys.stderr, flush=True)
 
 
 def _times(calls, config, device, seconds) -> tuple[float, ...]:

@@ -68,6 +68,8 @@ def tune_products(args, device, dtype, picks, budget: Budget) -> dict[str, Epilo
     """The fastest configuration of each part, one for all dims: by the least and the largest."""
     chosen = {}
     for done, part in enumerate(args.part):
+        if budget.over(f"ffn {part}"):
+            break
         dims = sorted({min(args.dim), max(args.dim)})
         calls = [FfnCall(part, args.tokens[0], dim, device, dtype) for dim in dims]
         used = ffn_matmul.epilogue_config(part, device, True)
@@ -96,8 +98,7 @@ def tune_ways(args, device, dtype, picks, budget: Budget) -> None:
         for tokens in args.tokens:
             widest = 0
             for dim in sorted(args.dim):
-                if not budget.left:
-                    print(f"no time left for {op} of {tokens}x{dim}", flush=True)
+                if budget.over(f"{op} of {tokens}x{dim}"):
                     break
                 library, own = time_ways(op, tokens, dim, device, dtype)
                 print(f"{op} {tokens}x{dim}, forward and backward: library and one kernel "
@@ -176,7 +177,8 @@ class FfnCall:
         finally:
             self._local.config = None
 
-    finish = run
+    def finish(self, config: EpilogueConfig) -> None:
+        """`run` launches all that a block does."""
 
     def _run(self) -> tuple[torch.Tensor, ...]:
         if self.part == "up":

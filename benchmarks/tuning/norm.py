@@ -167,6 +167,8 @@ def tune(args, device: torch.device, dtype: torch.dtype, picks: Picks, budget: B
             if not args.cols or s.cols in args.cols:
                 groups.setdefault((which, width(s.cols)), []).append(s)
     for done, ((which, n), group) in enumerate(groups.items()):
+        if budget.over(f"norm, {which}, up to {n} columns"):
+            return
         calls = [NormCall(which, s, device, dtype) for s in group]
         cols = group[0].cols
         used = norm_config(which, cols, dtype.itemsize, True, False, device)
