@@ -13,6 +13,7 @@ import pytest
 import torch
 from benching import CPU, SCRIPTS, load, small_shapes  # noqa: F401
 
+import fastlm.bench.case
 from fastlm import shapes
 from fastlm.kernels import configs, ffn_matmul, linear_loss, norm, norm_bwd
 
@@ -73,6 +74,27 @@ def test_ffn_product_is_checked(tuning, monkeypatch):
             monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
             with pytest.raises(AssertionError, match=f"{part} {i}: error"):
                 call.check(config)
+
+
+def test_ffn_draws_what_it_multiplies(tuning, monkeypatch):
+    ffn, drawn = sys.modules["tuning.ffn"], []
+    randn = ffn.randn
+    monkeypatch.setattr(ffn, "randn", lambda *s, **kw: drawn.append(s) or randn(*s, **kw))
+    x, hidden, up, down, bias = (20, 8), (20, 32), (32, 8), (8, 32), (32,)
+    gated_hidden, gated_up, gated_down = (20, 256), (256, 8), (8, 256)
+    for part, shapes_of in (
+        ("up", {x, up, bias}), ("down", {x, bias, down, hidden}),
+        ("gated_up", {x, gated_up}), ("gated_down", {x, gated_down, gated_hidden}),
+    ):  # fmt: skip
+        ffn.FfnCall(part, 20, 8, CPU, F16).check(None)
+        assert set(drawn) == shapes_of
+        assert len(drawn) == len(shapes_of) + part.startswith("gated")
+        drawn.clear()
+
+
+@pytest.mark.parametrize("name", ["ffn", "norm", "linear_loss"])
+def test_inputs_are_drawn_on_the_device(name, tuning):
+    assert sys.modules[f"tuning.{name}"].randn is fastlm.bench.case.randn
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import shapes
+from fastlm.bench.case import randn
 from fastlm.bench.cases import ffn_case, gated_case
 from fastlm.bench.run import run_case
 from fastlm.kernels import ffn, ffn_matmul
 from fastlm.kernels.configs import EpilogueConfig, target
 from fastlm.ops.ffn import ffn_by, gated_ffn_by
-from fastlm.testing import assert_close, randn
+from fastlm.testing import assert_close
 from tuning.common import (
     FASTER,
     Budget,
@@ -146,12 +147,16 @@ class FfnCall:
         new = lambda *shape, seed, scale=1.0: randn(
             *shape, dtype=dtype, device=device, seed=seed, scale=scale
         )
-        self.x, self.z, self.u = (
-            new(rows, cols, seed=seed) for seed, cols in enumerate((dim, hidden, hidden))
-        )
-        self.w, self.w_up = (new(hidden, dim, seed=s, scale=dim**-0.5) for s in (3, 4))
-        self.w_down = new(dim, hidden, seed=5, scale=dim**-0.5)
-        self.bias = new(hidden, seed=6)
+        weight = lambda seed: new(hidden, dim, seed=seed, scale=dim**-0.5)
+        self.x = new(rows, dim, seed=0)  # backward: the gradient of the output
+        self.bias = None if self.gated else new(hidden, seed=6)
+        self.backward = part.endswith("down")
+        if self.backward:
+            self.w_down = new(dim, hidden, seed=5, scale=dim**-0.5)
+            self.z = new(rows, hidden, seed=1)
+            self.u = new(rows, hidden, seed=2) if self.gated else None
+        else:
+            self.w, self.w_up = weight(3), weight(4) if self.gated else None
         products = 2 if part == "gated_up" else 1
         self.flops = 2 * rows * dim * hidden * products
         self.expected: list | None = None
@@ -212,15 +217,15 @@ class FfnCall:
             assert_close(f"{self.part} {i}", mine if mine.dim() == 1 else _ends(mine), same, gold)
 
     def _composed(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
-        cast = lambda t: t if dtype is None else t.to(dtype)
-        z = F.linear(cast(self.x), cast(self.w), None if self.gated else cast(self.bias))
-        u = F.linear(cast(self.x), cast(self.w_up)) if self.gated else None
-        backward = self.part.endswith("down")
-        if backward:
-            z, u = cast(self.z), cast(self.u) if self.gated else None
-        leaves = [t.requires_grad_(backward) for t in (z.detach(), u) if t is not None]
+        cast = lambda t: t if t is None or dtype is None else t.to(dtype)
+        if self.backward:
+            z, u = cast(self.z), cast(self.u)
+        else:
+            z = F.linear(cast(self.x), cast(self.w), cast(self.bias))
+            u = F.linear(cast(self.x), cast(self.w_up)) if self.gated else None
+        leaves = [t.detach().requires_grad_(self.backward) for t in (z, u) if t is not None]
         a = F.silu(leaves[0]) * leaves[1] if self.gated else F.gelu(leaves[0])
-        if not backward:
+        if not self.backward:
             return [_ends(t) for t in (*leaves, a)]
         grads = torch.autograd.grad(a, leaves, cast(self.x) @ cast(self.w_down))
         dbias = [] if self.gated else [grads[0].sum(0)]

@@ -8,9 +8,10 @@ from dataclasses import astuple
 import torch
 
 from fastlm import shapes
+from fastlm.bench.case import randn
 from fastlm.kernels import compact
 from fastlm.kernels.configs import TMA, MatmulConfig, chunk_rows, matmul_config, target
-from fastlm.testing import assert_close, randn
+from fastlm.testing import assert_close
 from tuning.common import (
     FASTER,
     Budget,

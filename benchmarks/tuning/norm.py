@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import shapes
+from fastlm.bench.case import randn
 from fastlm.kernels import norm, norm_bwd
 from fastlm.kernels.configs import (
     WIDEST_NORM,
@@ -20,7 +21,7 @@ from fastlm.kernels.configs import (
     norm_config,
     target,
 )
-from fastlm.testing import assert_close, randn
+from fastlm.testing import assert_close
 from tuning.common import FASTER, Budget, Pick, Picks, fastest, patched, report, source
 
 PASSES = ("fwd", "bwd")
