@@ -1,5 +1,6 @@
 """benchmarks/tuning: sweeps on small shapes in the interpreter, and what becomes of their picks."""
 
+import itertools
 import json
 import sys
 import threading
@@ -119,6 +120,22 @@ def test_ffn_ways_hold_up_to_the_widest_that_gains(wins, rows, tuning, monkeypat
     ] * bool(rows)
     monkeypatch.setattr(configs, "_FFN_WAYS", {("cpu", "ffn", True): tuple(map(tuple, rows))})
     assert configs.ffn_way("cpu", "ffn", True, 24, 8, 32) == ("epilogue" if rows else "cublas")
+
+
+def test_ffn_ways_of_many_tokens_are_not_those_of_few(tuning, monkeypatch):
+    ffn, picks = sys.modules["tuning.ffn"], sys.modules["tuning.common"].Picks()
+    wins = {(24, 8), (6, 8), (6, 16), (6, 32)}
+    timed = lambda op, tokens, dim, *_: (1.0, 0.5 if op == "ffn" and (tokens, dim) in wins else 1.0)
+    monkeypatch.setattr(ffn, "time_ways", timed)
+    args = Namespace(dim=[8, 16, 32], tokens=[6, 24, 3])
+    ffn.tune_ways(args, CPU, F16, picks, tuning.Budget(600))
+    (pick,) = picks.picks
+    rows = tuple(map(tuple, pick.value))
+    monkeypatch.setattr(configs, "_FFN_WAYS", {("cpu", "ffn", True): rows})
+    for tokens, dim in itertools.product((3, 6, 24), (8, 16, 32)):
+        way = configs.ffn_way("cpu", "ffn", True, tokens, dim, 4 * dim)
+        assert way == ("epilogue" if (tokens, dim) in wins else "cublas")
+    assert rows[-1] == (6, 0, 32, "epilogue")
 
 
 @pytest.mark.parametrize("op", ["ffn", "gated_ffn"])

@@ -96,7 +96,7 @@ def tune_ways(args, device, dtype, picks, budget: Budget) -> None:
     """Forward and backward of whole blocks: how wide they may be for epilogues to be faster."""
     for op in ("ffn", "gated_ffn"):
         rows, notes = [], []
-        for tokens in args.tokens:
+        for tokens in sorted(args.tokens, reverse=True):
             widest = 0
             for dim in sorted(args.dim):
                 if budget.over(f"{op} of {tokens}x{dim}"):
@@ -108,8 +108,11 @@ def tune_ways(args, device, dtype, picks, budget: Budget) -> None:
                     break  # wider ones have less to gain
                 widest = dim
                 notes.append(f"{tokens}x{dim} {library / own:.2f}x")
-            if widest:
-                rows.append([tokens, 0, widest, "epilogue"])
+            rows += [[tokens, 0, widest, "epilogue"]] if widest else []
+            # Else wider calls would go by a row for fewer tokens, where another way may win.
+            rows += [[tokens, 0, max(args.dim), "cublas"]] if widest < max(args.dim) else []
+        while rows and rows[-1][-1] == "cublas":  # which is the default
+            rows.pop()
         if rows:
             picks.add(Pick(CONFIGS, "_FFN_WAYS", [[target(device), op, True]], rows,
                            source(device, ", ".join(notes))))  # fmt: skip
