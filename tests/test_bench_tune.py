@@ -122,6 +122,39 @@ def test_ffn_ways_hold_up_to_the_widest_that_gains(wins, rows, tuning, monkeypat
     assert configs.ffn_way("cpu", "ffn", True, 24, 8, 32) == ("epilogue" if rows else "cublas")
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
+def test_ffn_ways_are_timed_with_the_kernels_that_calls_run(op, cuda, tuning, monkeypatch):
+    ffn, asked = sys.modules["tuning.ffn"], []
+
+    def by(way, *args, impl, **options):
+        asked.append((way, impl))
+        raise NotImplementedError("not run")
+
+    def make(original, *args):
+        case = original(*args)
+        case.providers.update({"fastlm-cuda": None} if cuda else {})
+        return case
+
+    for name in ("ffn_case", "gated_case"):
+        monkeypatch.setattr(ffn, name, partial(make, getattr(ffn, name)))
+    for name in ("ffn_by", "gated_ffn_by"):
+        monkeypatch.setattr(ffn, name, by)
+    assert ffn.time_ways(op, 8, 8, CPU, F16) == (float("inf"), float("inf"))
+    assert dict(asked) == {
+        "epilogue": "triton", "cublas": "cuda" if cuda and op == "ffn" else "triton",
+    }  # fmt: skip
+
+
+def test_ffn_ways_that_fail_are_no_pick(tuning, monkeypatch):
+    ffn, picks = sys.modules["tuning.ffn"], sys.modules["tuning.common"].Picks()
+    args = Namespace(dim=[8], tokens=[24])
+    for times_ms in ((float("inf"), float("inf")), (float("inf"), 1.0), (1.0, float("inf"))):
+        monkeypatch.setattr(ffn, "time_ways", lambda *_, times_ms=times_ms: times_ms)
+        ffn.tune_ways(args, CPU, F16, picks, tuning.Budget(600))
+    assert picks.picks == []
+
+
 def test_ffn_ways_of_many_tokens_are_not_those_of_few(tuning, monkeypatch):
     ffn, picks = sys.modules["tuning.ffn"], sys.modules["tuning.common"].Picks()
     wins = {(24, 8), (6, 8), (6, 16), (6, 32)}

@@ -470,6 +470,27 @@ def test_explain_says_the_way(impl, device, monkeypatch):
     assert fastlm.explain("ffn", **{n: t.double() for n, t in inputs.items()}).how is None
 
 
+def test_epilogues_that_are_faster_go_before_cuda(impl, device, monkeypatch):
+    """The table's rows were timed against CUDA C++'s kernel, which `ffn` runs elsewhere."""
+    from fastlm import backends
+
+    monkeypatch.setattr(backends, "_unavailable", lambda i, device: None)
+    inputs = make_inputs("ffn", 18, 16, 40, torch.float16, device)
+    assert fastlm.explain("ffn", **inputs).chosen == "cuda"
+    key = configs.target(torch.device(device)), "ffn", False
+    monkeypatch.setattr(configs, "_FFN_WAYS", {key: ((8, 0, 64, "epilogue"),)})
+    explanation = fastlm.explain("ffn", **inputs)
+    assert explanation.note(impl) == f"chosen ({ways.WAYS['epilogue']})"
+    assert explanation.note("cuda") == "available as impl='cuda'"
+    with Counter() as counter:
+        fastlm.ffn(**inputs)
+    assert "ffn_up" in counter.names
+    assert fastlm.explain("ffn", **{**inputs, "x": inputs["x"][:7]}).chosen == "cuda"
+    reasons = {"triton": "not asked here"}
+    monkeypatch.setattr(backends, "_unavailable", lambda i, device: reasons.get(i))
+    assert fastlm.explain("ffn", **inputs).chosen == "cuda"
+
+
 @pytest.mark.parametrize("way, change, message", [
     ("epilogue", {"dtype": torch.float32},
      "ffn: way='epilogue' takes fp16 and bf16, not torch.float32; use way='cublas'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.backends import Impl, choose, supports_all
+from fastlm.backends import INTERPRETED, Impl, choose, supports_all
 from fastlm.ops._check import (
     autocast_dtype,
     fail,
@@ -158,7 +158,10 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     dims = max(w1.shape[1], w2.shape[0]), w1.shape[0]
     goes = lambda backend: choose_way("ffn", way, backend, x, dtype, dims, keep, library)
     how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
-    backend = choose("ffn", impl, _BIASED_BACKENDS, x.device, tensors, how=how)
+    backends, free = _BIASED_BACKENDS, not isinstance(impl, str)
+    if free and (x.is_cuda or INTERPRETED) and goes("triton") == "epilogue":
+        backends = _GATED_BACKENDS  # Triton first: it alone has what was faster than CUDA C++ here
+    backend = choose("ffn", impl, backends, x.device, tensors, how=how)
     x = x.to(dtype)
     if backend == "torch":
         recompute = recompute and not in_functorch()
@@ -264,7 +267,8 @@ def _kernels_refuse(tensors: dict[str, torch.Tensor | None]) -> str | None:
 
 
 # Kernels first: one pass over memory where torch composes up to four. By benchmarks/results/ffn.csv
-# CUDA C++ is the faster of both for bias_act, and so for ffn, and Triton for glu.
+# CUDA C++ is the faster of both for bias_act, and so for ffn but where a table says that epilogues
+# are faster yet, and Triton for glu.
 _GATED_BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": supports_all}
 _BIASED_BACKENDS = {"cuda": _kernels_refuse, "triton": _kernels_refuse, "torch": supports_all}
 
