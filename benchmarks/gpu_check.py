@@ -3,6 +3,8 @@
     make gpu-check PYTHON=python3
     python benchmarks/gpu_check.py --only wrappers memcheck    # some steps alone
     python benchmarks/gpu_check.py --only tune                 # a step that runs by its name alone
+    python benchmarks/gpu_check.py --only conformance gpu -k rotary --limit 300
+    python benchmarks/gpu_check.py --only bench-norm --shape llama_8b --seconds 0.1
 
 In this order, and on to the next step where one fails:
   1. build: the CUDA C++ library for this checkout, where it is not built yet;
@@ -15,15 +17,19 @@ In this order, and on to the next step where one fails:
      checked before it is timed;
   7. tune, where `--only` names it: launch configurations and the ways of the feed-forward, seven
      minutes; picks.json is what `benchmarks/tune.py apply` puts into the tables.
-Writes results.json (device, driver, versions, commit, steps), one log a step, and the benchmarks'
-tables as CSV. Where pytest-xdist is installed, tests run side by side, as many as there are cores:
-most of their time is compiling.
+A whole run takes hours, of which `--limit` is the most that one step may: after that it is
+interrupted, and ten seconds later killed. `-k` is for the steps that are pytest, `--shape` for
+bench-<operator>, `--seconds` for those (of each provider and pass) and tune (of all).
+Writes results.json (device, driver, versions, commit, steps), log.txt and bench.csv, to all of
+which is added while steps run. Where pytest-xdist is installed, tests run side by side, as many as
+there are cores: most of their time is compiling.
 Exit code: 0, 1 (a step failed), 2 (something is missing, and nothing ran).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib.util
@@ -31,9 +37,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ("attention", "norm", "ffn", "loss", "rotary", "embedding")
 BUILD = [sys.executable, str(ROOT / "csrc" / "build.py")]  # into this checkout's fastlm/
 SANITIZERS = ("memcheck", "racecheck")
+LIMIT_S = 3600.0  # of a step: one that hangs ends at last
+GRACE_S = 10.0  # for a step that is over its limit, to say how far it came
 MOST_WORKERS = 16  # each takes some memory of the GPU
 MOST_WORKERS_OF_LARGE = 2  # tests of real sizes take tens of GB
 FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout")
@@ -50,7 +61,7 @@ FAMILIES = ("norm", "attention", "ffn", "loss", "rotary", "embedding", "dropout"
 class Step:
     name: str
     command: list[str]
-    status: str = "not run"  # then passed, failed or missing
+    status: str = "not run"  # then passed, failed, stopped (at its limit) or missing
     seconds: float = 0.0
     summary: str = ""  # the last line it printed
     optional: bool = False  # runs where it is asked for by name
@@ -64,7 +75,7 @@ def missing() -> list[str]:
             ("torch", "install it for this machine's driver (https://pytorch.org)"),
             ("triton", "pip install triton"),
             ("pytest", "pip install pytest"),
-            ("fastlm", f"pip install --no-deps -e {ROOT}"),
+            ("fastlm", f"FASTLM_BUILD_CUDA=0 pip install --no-build-isolation --no-deps -e {ROOT}"),
         )
         if importlib.util.find_spec(name) is None
     ]
@@ -88,24 +99,34 @@ def side_by_side(most: int) -> list[str]:
     return ["-n", str(min(os.cpu_count() or 1, most)), "--dist", "worksteal"]
 
 
-def steps(out: Path, quick: bool) -> list[Step]:
-    """The steps; `--smallest` is this script's own mode for compute-sanitizer."""
+def steps(
+    out: Path,
+    quick: bool,
+    seconds: float | None = None,
+    shape: Sequence[str] = (),
+    keyword: str | None = None,
+) -> list[Step]:
+    """The steps; `--smallest` is this script's own mode for compute-sanitizer.
+
+    Args:
+        seconds, shape, keyword: options of the same names of the benchmarks, and pytest's -k.
+    """
     python = [sys.executable, "-P"]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-k", keyword] if keyword else []
+    timed = ["--seconds", str(seconds)] if seconds is not None else []
+    table = ["--csv", str(out / "bench.csv")]
     many, few = side_by_side(MOST_WORKERS), side_by_side(MOST_WORKERS_OF_LARGE)
     families = sorted(
         str(file) for name in FAMILIES for file in (ROOT / "tests").glob(f"test_{name}*.py")
     )
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     if quick:
-        command = [*python, "-m", "fastlm", "bench", "--quick", "--csv", str(out / "bench.csv")]
-        benchmarks = [Step("bench", command)]
+        benchmarks = [Step("bench", [*python, "-m", "fastlm", "bench", "--quick", *table])]
     else:
-        benchmarks = [
-            Step(f"bench-{op}", [sys.executable, str(ROOT / "benchmarks" / f"{op}.py"),
-                                 "--csv", str(out / f"bench-{op}.csv")])
-            for op in BENCHMARKS
-        ]  # fmt: skip
+        asked = [*table, *timed, *(["--shape", *shape] if shape else [])]
+        script = lambda op: [sys.executable, str(ROOT / "benchmarks" / f"{op}.py")]
+        benchmarks = [Step(f"bench-{op}", [*script(op), *asked]) for op in BENCHMARKS]
     wrappers = str(ROOT / "tests" / "test_cuda_conformance.py")
     return [
         Step("build", BUILD),
@@ -120,31 +141,66 @@ def steps(out: Path, quick: bool) -> list[Step]:
         ),
         *benchmarks,
         Step("tune", [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "all",
-                      "--json", str(out / "picks.json")], optional=True),
+                      *timed, "--json", str(out / "picks.json")], optional=True),
     ]  # fmt: skip
 
 
-def run(step: Step, log: Path) -> None:
-    """Runs a step, showing and keeping what it prints."""
-    if shutil.which(step.command[0]) is None:
-        step.status, step.summary = "missing", f"{step.command[0]} is not installed"
-        return
-    start = time.monotonic()
+def run(step: Step, log: Path, limit: float = LIMIT_S) -> None:
+    """Runs a step, showing what it prints and adding it to the log."""
     # The sanitizer sees every allocation only where torch does not pool them.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if step.name.startswith(SANITIZERS):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        for line in process.stdout:
+    with log.open("a", buffering=1) as file:  # a line at a time: whatever ends us, it is there
+
+        def tell(line: str) -> None:
             print(line, end="", flush=True)
             file.write(line)
             step.summary = line.strip() or step.summary
-    step.status = "passed" if process.wait() == 0 else "failed"
+
+        tell(f"== {step.name}: {' '.join(step.command)}\n")
+        if shutil.which(step.command[0]) is None:
+            step.status, step.summary = "missing", f"{step.command[0]} is not installed"
+            return
+        start = time.monotonic()
+        code = watched(step.command, environment, limit, tell)
     step.seconds = round(time.monotonic() - start, 1)
+    step.status = "stopped" if code is None else "failed" if code else "passed"
+    if code is None:
+        step.summary = f"over its limit of {limit:g} s; {step.summary}"
+
+
+def watched(
+    command: list[str], environment: dict[str, str], limit: float, tell: Callable[[str], None]
+) -> int | None:
+    """Runs a command in a process group of its own; its exit code, or None if it took too long.
+    What it starts ends with it, and with this process."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    late = threading.Event()
+    timer = threading.Timer(limit, lambda: (late.set(), _end(process)))
+    timer.start()
+    try:
+        for line in process.stdout:
+            tell(line)
+        code = process.wait()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        timer.cancel()
+    return None if late.is_set() else code
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Interrupts the group, on which pytest says what it has; kills what is left after a while."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
 
 
 def machine() -> dict[str, str]:
@@ -261,7 +317,7 @@ def smallest_cuda(device: str = "cuda") -> None:
 SMALLEST = {"cuda": smallest_cuda, "triton": smallest}
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,8 +325,20 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one benchmark shape an operator")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="by their names")
     parser.add_argument("--smallest", choices=SMALLEST, help="only the calls of step 5")
-    options = parser.parse_args()
-    every = steps(options.out, options.quick)
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, help="seconds of a step; %(default)g"
+    )
+    parser.add_argument("--seconds", type=float, help="of a benchmark's provider, or of tune")
+    parser.add_argument(
+        "--shape", nargs="+", default=[], help="of benchmarks: names with all these"
+    )
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="which tests, as pytest's")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    every = steps(options.out, options.quick, options.seconds, options.shape, options.keyword)
     chosen = [step for step in every if step.name in (options.only or ()) or
               (options.only is None and not step.optional)]  # fmt: skip
     if unknown := set(options.only or ()) - {step.name for step in every}:
@@ -289,12 +357,13 @@ def main() -> int:
         torch.cuda.synchronize()
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    for table in options.out.glob("bench*.csv"):  # the benchmarks append
-        table.unlink()
+    log = options.out / "log.txt"
+    for file in (log, options.out / "bench.csv"):  # steps append
+        file.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else a step would outlive us
     results = {"machine": machine(), "steps": []}
     for step in chosen:
-        print(f"== {step.name}: {' '.join(step.command)}", flush=True)
-        run(step, options.out / f"{step.name}.log")
+        run(step, log, options.limit)
         results["steps"].append(asdict(step))
         # After every step: an interrupted run keeps what it has.
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -302,7 +371,7 @@ def main() -> int:
     for step in results["steps"]:
         print(f"{step['name']:<17}{step['status']:<8}{step['seconds']:>8.1f} s  {step['summary']}")
     print(f"results in {options.out}")
-    return 1 if any(step["status"] == "failed" for step in results["steps"]) else 0
+    return int(any(step["status"] in ("failed", "stopped") for step in results["steps"]))
 
 
 if __name__ == "__main__":
