@@ -11,9 +11,11 @@ The formulas of work are in `fastlm.bench.cases` and `fastlm.bench.attention`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import torch
 
 from fastlm.bench.case import Case, Fn
 from fastlm.bench.cases import CASES
-from fastlm.bench.results import append_csv, table
+from fastlm.bench.results import Row, append_csv, table
 from fastlm.bench.run import OUT_OF_MEMORY, directions_of, run_case
 from fastlm.bench.summary import against_peers, against_plain, between_kernels
 
@@ -46,31 +48,53 @@ def torch_compile(case: Case, fn: Fn | None = None) -> Fn:
 def main(
     op: str, doc: str, peers: Mapping[str, Peer], grid: Grid | None = None, seconds: float = 0.5
 ) -> int:
-    """Runs a script; returns its exit code: 1 if a provider of fastlm failed its check."""
+    """Runs a script; returns its exit code: 1 if a provider of fastlm failed its check, or a case
+    could not be made, which ends no other."""
     args = _arguments(op, doc, seconds)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
+    append_csv(args.csv, [])  # what is no such table is better known before an hour of measuring
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     cases = grid(device, dtype) if grid else _made(CASES[op](device, dtype, False))
-    rows, failed, missing = [], [], set()
-    for name, make in cases:
-        if not all(part in name for part in args.shape):
-            continue
-        case, refused = with_peers(make(), peers, args.provider, missing), []
-        new = run_case(
-            case, directions=directions_of(op, quick=False), seconds=args.seconds,
-            failed=lambda *why, refused=refused: refused.append(why),
-        )  # fmt: skip
-        append_csv(args.csv, new)
-        rows += new
-        print(table(new) or case.shape)
-        for provider, why in (*case.unavailable.items(), *refused):
-            print(f"  {provider} refused: {why}")
-        print(flush=True)
-        failed += [(provider, f"{case.shape}: {why}") for provider, why in refused]
-        del case, make
-        gc.collect()  # gigabytes, before the next case takes as many
+    rows, failed, missing, broken = [], [], set(), []
+    with _going_on("making cases", broken):
+        for name, make in cases:
+            if not all(part in name for part in args.shape):
+                continue
+            with _going_on(name, broken):
+                case = with_peers(make(), peers, args.provider, missing)
+                rows += _measured(case, directions_of(op, quick=False), args, failed)
+            case = make = None
+            gc.collect()  # gigabytes, before the next case takes as many
     _report(rows, missing, failed)
-    return int(any(_wrong(provider, why) for provider, why in failed))
+    for what in broken:
+        print(f"not measured: {what}", file=sys.stderr)
+    return int(bool(broken) or any(_wrong(provider, why) for provider, why in failed))
+
+
+@contextlib.contextmanager
+def _going_on(what: str, broken: list[str]) -> Iterator[None]:
+    """An exception within it is shown, and noted in `broken`."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        broken.append(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+
+
+def _measured(case: Case, directions: Iterable[str], args, failed: list) -> list[Row]:
+    """Runs a case, prints and writes its rows; adds who failed, with the reason, to `failed`."""
+    refused = []
+    rows = run_case(
+        case, directions=directions, seconds=args.seconds,
+        failed=lambda *why: refused.append(why),
+    )  # fmt: skip
+    append_csv(args.csv, rows)
+    print(table(rows) or case.shape)
+    for provider, why in (*case.unavailable.items(), *refused):
+        print(f"  {provider} refused: {why}")
+    print(flush=True)
+    failed += [(provider, f"{case.shape}: {why}") for provider, why in refused]
+    return rows
 
 
 def _arguments(op: str, doc: str, seconds: float) -> argparse.Namespace:
