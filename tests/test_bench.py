@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,22 @@ def test_provider_that_runs_out_of_memory_ends_no_other():
     }
 
 
+def test_what_breaks_while_it_is_timed_is_told_and_ends_no_other():
+    case = norm_case()
+    calls = []
+
+    def tired(x, weight, bias):
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return case.providers["torch"](x, weight, bias)
+
+    case = replace(case, providers={**case.providers, "tired": tired})
+    rows, failed = run_quickly(case, directions=["forward"])
+    assert {row.provider for row in rows} == {"torch", "fastlm-torch"}
+    assert failed == {"tired": "forward: out of memory: no more"}
+
+
 # What is counted
 
 
@@ -172,6 +189,30 @@ def test_times_are_taken_in_turns():
     while "aa" in runs or "bb" in runs:
         runs = runs.replace("aa", "a").replace("bb", "b")
     assert runs.count("ab") >= 5
+
+
+def test_host_time_of_a_slow_call_takes_few_calls(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    for seconds, count in ((0.001, 30), (0.02, 6), (1.0, 3)):
+        calls.clear()
+        call = lambda seconds=seconds: (now.append(now.pop() + seconds), calls.append(1))
+        assert timing._host_time(call) == pytest.approx(seconds * 1e3)
+        assert len(calls) == count
+
+
+def test_driver_is_asked_once(monkeypatch):
+    asked = []
+
+    def run(*command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="580.1\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    machine._driver.cache_clear()
+    assert machine._driver() == machine._driver() == "580.1" and len(asked) == 1
+    machine._driver.cache_clear()
 
 
 def test_machine_is_described():
@@ -307,6 +348,41 @@ def test_script_measures_without_a_gpu(monkeypatch, tmp_path, capsys):
     script = load("norm")
     assert script.main("norm", script.__doc__, script.PEERS) == 0
     assert len(results.read_csv(csv)) == 3 * 3 * 2
+
+
+@pytest.mark.parametrize("where", ["make", "peers", "next"])
+def test_script_goes_on_after_a_case_that_breaks(where, monkeypatch, tmp_path, capsys):
+    """For want of memory, say: the other cases are measured, and it exits with 1."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    shared, csv = load("_bench"), tmp_path / "norm.csv"
+    monkeypatch.setattr(sys, "argv", ["norm.py", "--csv", str(csv)])
+
+    def breaks(*_):
+        raise torch.OutOfMemoryError("no memory\nfor this")
+
+    def grid(device, dtype):
+        yield "a", breaks if where == "make" else norm_case
+        yield "b", norm_case
+        if where == "next":
+            breaks()
+
+    if where == "peers":
+        wants = iter((breaks, shared.with_peers))
+        monkeypatch.setattr(shared, "with_peers", lambda *args: next(wants)(*args))
+    assert shared.main("norm", "", {}, grid, seconds=0.0) == 1
+    assert len(results.read_csv(csv)) == (2 if where == "next" else 1) * 3 * 2
+    told = {"next": "making cases"}.get(where, "a")
+    assert f"not measured: {told}: no memory\n" in capsys.readouterr().err
+
+
+def test_script_refuses_another_table_before_it_measures(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    shared, csv = load("_bench"), tmp_path / "norm.csv"
+    csv.write_text("a,b\n")
+    monkeypatch.setattr(sys, "argv", ["norm.py", "--csv", str(csv)])
+    grid = lambda *_: pytest.fail("a case was made")
+    with pytest.raises(UserError, match="is not a table"):
+        shared.main("norm", "", {}, grid)
 
 
 def test_tune_prints_what_is_fastest_and_restores(monkeypatch):

@@ -93,6 +93,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * size**3 / product / 1e12, 2 * 4 * numel / copy / 1e9)
 
 
+@functools.cache  # rows are described one by one, and starting this takes a while
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

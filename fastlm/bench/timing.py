@@ -11,6 +11,7 @@ import torch
 
 _SHORTEST_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample: the clock costs time too
 _MIN_SAMPLES, _MAX_SAMPLES = 5, 200
+_HOST_S = 0.1  # for what a call costs the host
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
 
 
 def _host_time(call: Callable[[], object]) -> float:
-    """Milliseconds until a call returns; few in a row, or the launch queue would fill up."""
-    samples = []
-    for _ in range(10):
+    """Milliseconds until a call returns; few in a row, or the launch queue would fill up, and few
+    in all where they take long."""
+    samples, deadline = [], time.perf_counter() + _HOST_S
+    while not samples or (len(samples) < 10 and time.perf_counter() < deadline):
         torch.cuda.synchronize()
         samples.append(_clock(call, 3) * 1e3)
     torch.cuda.synchronize()
