@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from fastlm.bench.results import read_csv
+from fastlm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -22,14 +23,39 @@ BLOCK = re.compile(r"(<!-- measurements: [^\n]*-->\n).*?(<!-- end measurements -
 
 
 def rows() -> list[dict[str, str]]:
-    return [row for file in sorted(RESULTS.glob("*.csv")) for row in read_csv(file)]
+    """All rows, with the name of their file."""
+    files = sorted(RESULTS.glob("*.csv"))
+    return [{**row, "file": file.name} for file in files for row in read_csv(file)]
+
+
+def comparable(measured: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows whose times may be divided by one another: of a case and pass those of the newest
+    versions, which are the last ones.
+
+    Raises:
+        UserError: an operator's pass was measured on several devices.
+    """
+    devices, versions = defaultdict(dict), {}
+    case = lambda row: tuple(row[name] for name in ("op", "shape", "dtype", "pass"))
+    version = lambda row: tuple(row.get(name) for name in ("commit", "torch", "triton", "driver"))
+    for row in measured:
+        devices[row["op"], row["pass"]][row.get("device")] = row.get("file")
+        versions[case(row)] = version(row)
+    for (op, direction), found in devices.items():
+        if len(found) > 1:
+            files = ", ".join(dict.fromkeys(found.values()))
+            raise UserError(
+                f"{files}: the rows of {op}, {direction}, must be of one device, got "
+                + ", ".join(found)
+            )
+    return [row for row in measured if version(row) == versions[case(row)]]
 
 
 def table(measured: list[dict[str, str]]) -> str:
     """A line for each operator, pass and family of our kernels: how many times as long others take,
-    as the geometric mean over shapes and (the worst shape)."""
+    as the geometric mean over shapes and (the worst shape). Of rows that are `comparable`."""
     cells: dict[tuple, dict[tuple, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
-    for row in measured:
+    for row in comparable(measured):
         shape, _, variant = row["shape"].split(" ")[0].partition("/")
         if row["op"] == "loss":  # a shape is another problem here, of which no mean makes sense
             name = f"{variant}, {shape}"
@@ -83,10 +109,15 @@ def with_table(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="rewrite README.md's table")
-    if parser.parse_args().update:
-        README.write_text(with_table(README.read_text()))
-    else:
-        print(table(rows()), end="")
+    update = parser.parse_args().update
+    try:
+        if update:
+            README.write_text(with_table(README.read_text()))
+        else:
+            print(table(rows()), end="")
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

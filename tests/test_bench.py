@@ -320,6 +320,50 @@ def test_bench_command_fails_with_a_wrong_kernel(monkeypatch, capsys):
     assert captured.err.startswith("FAILED  norm small/layer_norm 16x48 fastlm-torch: error ")
 
 
+def report_rows(rows, tmp_path, *files):
+    """What benchmarks/report.py reads where each file holds the rows with these changes."""
+    report = load("report")
+    report.RESULTS = tmp_path
+    for i, changes in enumerate(files):
+        results.append_csv(
+            tmp_path / f"{i}.csv", [replace(row, **c) for c in changes for row in rows]
+        )
+    return report
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_report_refuses_rows_of_two_devices(apart, rows, tmp_path, capsys, monkeypatch):
+    of = [{"device": "NVIDIA H200"}, {"device": "NVIDIA H100", "shape": "other/layer_norm 8x8"}]
+    report = report_rows(rows, tmp_path, *([[c] for c in of] if apart else [of]))
+    names = "0.csv, 1.csv" if apart else "0.csv"
+    told = (
+        f"{names}: the rows of norm, forward, must be of one device, got NVIDIA H200, NVIDIA H100"
+    )
+    with pytest.raises(UserError, match=f"^{told}$"):
+        report.table(report.rows())
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert report.main() == 1 and capsys.readouterr().err == f"report: {told}\n"
+
+
+def test_report_takes_devices_of_different_passes(rows, tmp_path):
+    report = report_rows(
+        rows, tmp_path, [{"device": "a"}, {"device": "b", "direction": "backward"}]
+    )
+    assert len(report.table(report.rows()).splitlines()) == 4
+
+
+def test_report_divides_times_of_one_run(rows, tmp_path):
+    """The newest of a case and pass; another case may be of another commit."""
+    torch_row, ours = (replace(row, median_ms=1.0) for row in rows)
+    peer = replace(torch_row, provider="peer", commit="old")
+    old = [replace(row, commit="old", median_ms=8.0) for row in (torch_row, ours)]
+    other = [replace(row, shape="b/layer_norm 1x1") for row in old]
+    new = [replace(torch_row, commit="new", median_ms=4.0), replace(ours, commit="new")]
+    report = report_rows([*old, peer, *other, *new], tmp_path, [{}])
+    (line,) = report.table(report.rows()).splitlines()[2:]
+    assert "| 2.00 (1.00) | – |" in line
+
+
 # The scripts
 
 
