@@ -1,6 +1,7 @@
 """Without a GPU, kernels run on CPU tensors, in every test: Triton's in the hardened interpreter,
 those in CUDA C++ in the host build of tests/simt."""
 
+import gc
 import json
 import os
 import zlib
@@ -51,6 +52,15 @@ def _spread_long_tests(items) -> None:
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _memory_returned():
+    """Workers share a GPU: what torch keeps of a test with real sizes, another one may lack."""
+    yield
+    if HAS_GPU and torch.cuda.memory_reserved() > 2**30:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _is_simulated(item) -> bool:

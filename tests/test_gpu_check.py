@@ -15,6 +15,7 @@ import torch
 from benching import load
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFTEST = ROOT / "tests" / "conftest.py"
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 
 
@@ -187,6 +188,20 @@ def test_smallest_launches_every_kernel(gpu_check, device, launches):
     gpu_check.smallest(device)
     sources = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
     assert set(launches) == set(re.findall(r"^def _(\w+_kernel)\(", sources, re.MULTILINE))
+
+
+@pytest.mark.parametrize("reserved, returned", [(2**30, False), (2**30 + 1, True)])
+def test_tests_return_the_memory_of_large_tensors(reserved, returned, monkeypatch, request):
+    """On a GPU, which tests that run side by side share."""
+    plugins = request.config.pluginmanager.get_plugins()
+    (conftest,) = (p for p in plugins if getattr(p, "__file__", None) == str(CONFTEST))
+    emptied = []
+    monkeypatch.setattr(conftest, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    run = conftest._memory_returned.__wrapped__()
+    next(run)
+    assert emptied == [] and next(run, None) is None and bool(emptied) == returned
 
 
 @pytest.mark.interpreter
