@@ -3,7 +3,8 @@
     out[v, n] = sum_m partial[v, m, n]
 
 One launch reads each partial once and writes up to two vectors (dweight and dbias), each in its own
-dtype. Rows are added in a fixed order, so the same partials give the same bits.
+dtype. Rows are added in a fixed order, so the same partials give the same bits. That is 4 bytes for
+an element of the partials, and the size of one in a vector for each column.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ How many rows of a batch are kept (targets that are not ignored) only the device
 writes their indices in order, and their number into device memory; the kernels here read that
 number. Grids have the size for all rows: programs without a row return at once, nothing waits.
 
+Bytes, of elements of e: `compact` reads a target (4 or 8) a row and writes 4 a kept row; to gather
+reads and writes an element of a kept row, 2 e, to scatter reads the fp32 parts of a product and
+writes it, 4 * parts + e; column sums read one once, e. Products: kernels/linear_loss.py.
+
 A buffer of gathered rows ends with zeros up to the next multiple of `row_padding`, so that a
 product along rows needs no mask: what lies behind is not read.
 """

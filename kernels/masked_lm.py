@@ -8,7 +8,9 @@ The rows that have a label are gathered in order (kernels/compact.py), and nothi
 the others: x is read and dx written where they are, zeros elsewhere. Between the products one
 program handles whole rows: the forward reads z and writes y once, the backward reads dy and z once,
 writes dz, and leaves one fp32 row a program of the sums for the vectors, added in a fixed order.
-z is kept; x is gathered again for the backward.
+z is kept; x is gathered again for the backward. Bytes for an element of a masked row, of e each:
+between the products 2 e forward (z, y) and 3 e backward (dy, z, dz); 2 e forward and backward to
+gather x, and 4 + e to put dx into its place, where all others are written e of zeros.
 
 Source: Devlin et al., "BERT", arXiv:1810.04805, and its code (the transform of the head).
 """
