@@ -7,10 +7,11 @@ come in chunks. The first kernel adds the parts of segments that cross into anot
 most for each chunk, the one that it begins with and the one that it ends with. The second kernel
 has a program for each row of the table: it adds a segment's rows, at most a chunk of them, or the
 parts of its chunks, and writes 0 where no id asks for the row. So a row of x is read once, however
-many share its id, and no program is long where one id has half of them. Of elements of e bytes that
-is e for each of x and of the table, and 16 for each of at most two fp32 parts a chunk, written and
-read; an id and its place are 9 to 16 bytes a row of x, sorted by torch. No atomics: the same inputs give the same bits.
-Ids outside the table belong to no row and are left out.
+many share its id, and no program is long where one id has half of them. No atomics: the same
+inputs give the same bits. Ids outside the table belong to no row and are left out.
+
+Bytes, of elements of e: e for each of x, e for each of the table, and 16 for each of at most two
+fp32 parts a chunk, written and read; for an id and its place 9 to 16 a row, sorted by torch.
 """
 
 from __future__ import annotations

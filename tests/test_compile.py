@@ -5,13 +5,14 @@ kernel or a configuration: `python tests/support/compile_gate.py --update`, and 
 """
 
 import ast
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import compile_gate
 import pytest
 from compile_gate import Row, broken_rules
-from golden import read_table
+from golden import read_table, write_table
 
 # Kernels that no configuration of a target launches.
 UNUSED = {"gfx942": {"norm_bwd_parts_kernel"}}
@@ -21,7 +22,7 @@ UPDATE = "python tests/support/compile_gate.py --update"
 @pytest.mark.long
 @pytest.mark.parametrize("target", compile_gate.TARGETS)
 def test_compile_for(target):
-    rows, problems = compile_gate.compile_target(target)
+    rows, problems = compile_gate.compile_target(target, f"--known={compile_gate.GOLDEN}")
     problems += [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
     golden = {
         key: row for key, row in read_table(compile_gate.GOLDEN, Row).items() if key[0] == target
@@ -55,7 +56,7 @@ def _row(**changes) -> Row:
     row = {
         "target": "sm_90", "case": "attention-bf16-d128-full", "kernel": "k", "warps": 8,
         "registers": 255, "spills": 0, "shared": 1000, "load_bits": 128, "dot": "wgmma",
-        "resident": 8,
+        "resident": 8, "source": "",
     }  # fmt: skip
     return Row(**{**row, **changes})
 
@@ -90,20 +91,47 @@ def test_compile_rules(changes, rule):
     assert not broken or broken[0].startswith(rule)
 
 
+KERNEL = (
+    f"import sys; sys.path.insert(0, {str(compile_gate.HERE)!r})\n"
+    "import torch, triton, triton.language as tl\n"
+    "from compile_cases import Case, tensor\n"
+    "fused = {'enable_fp_fusion': True}\n"
+    "@triton.jit\n"
+    "def _good_kernel(x_ptr, N: tl.constexpr):\n"
+    "    tl.store(x_ptr + tl.arange(0, N), 0.0)\n"
+)
+
+
+def test_compile_leaves_out_what_is_known(tmp_path):
+    """That is, a row of the same source, though not the first row of a kernel."""
+    script, table = tmp_path / "cases.py", tmp_path / "golden.csv"
+    script.write_text(
+        KERNEL + "def cases():\n"
+        "    for n in (64, 128, 256):\n"
+        "        yield Case(f'n{n}', lambda n=n: _good_kernel[(1,)](tensor(n), N=n, **fused))\n"
+    )
+    made, errors = compile_gate.compile_target("sm_90", f"--script={script}")
+    assert not errors and [row.case for row in made] == ["n64", "n128", "n256"]
+    assert len({row.source for row in made}) == 3
+    other = [replace(row, registers=row.registers + 1) for row in made]
+    other[2] = replace(other[2], source="another")
+    write_table(table, other)
+    again, errors = compile_gate.compile_target("sm_90", f"--script={script}", f"--known={table}")
+    in_table = {row.case: row for row in sorted(other)}
+    first = next(iter(in_table))
+    assert not errors
+    for row, compiled in zip(again, made, strict=True):
+        known = row.case not in (first, "n256")
+        assert row == (in_table[row.case] if known else compiled)
+
+
 def test_compile_reports_a_broken_kernel(tmp_path):
     """A kernel that does not compile is an error of its case, and the other cases go on."""
     script = tmp_path / "cases.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(compile_gate.HERE)!r})\n"
-        "import torch, triton, triton.language as tl\n"
-        "from compile_cases import Case, tensor\n"
-        "@triton.jit\n"
-        "def _good_kernel(x_ptr, N: tl.constexpr):\n"
-        "    tl.store(x_ptr + tl.arange(0, N), 0.0)\n"
-        "@triton.jit\n"
+        KERNEL + "@triton.jit\n"
         "def _bad_kernel(x_ptr, N: tl.constexpr):\n"
         "    tl.store(x_ptr + tl.arange(0, N), undefined)\n"
-        "fused = {'enable_fp_fusion': True}\n"
         "def cases():\n"
         "    for fn in (_bad_kernel, _good_kernel):\n"
         "        yield Case(fn.__name__, lambda fn=fn: fn[(1,)](tensor(64), N=64, **fused))\n"

@@ -10,12 +10,18 @@ and Triton's `JITFunction.run` compiles without launching. What ptxas (or, on AM
 metadata) says of registers, spills and shared memory becomes one row for each compiled kernel.
 
 The cases are in compile_cases.py; `--script file.py` takes them from another file of that form.
+
+A row has the key of what was compiled: the source of the kernel and of all that it calls, types,
+constants, options, target, and the versions of Triton and its assembler. The same key gives the
+same row, so the tests compile each kernel of each target once, and beside these what has another
+key than in the golden table (`--known`). Here everything is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -31,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-from golden import median_by_size, write_table
+from golden import median_by_size, read_table, write_table
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "golden" / "kernels.csv"
@@ -78,7 +84,8 @@ class Row:
     `spills` and `shared` are bytes (spills on AMD: registers). Half of the bytes that the kernel's
     load instructions read come in pieces of at least `load_bits`. `dot` is the instruction of its
     matrix products, or both; "wgmma, serial" where ptxas found that it has to wait for each (C7510
-    to C7520 in its log). `resident` warps run on a multiprocessor at a time.
+    to C7520 in its log). `resident` warps run on a multiprocessor at a time. `source` is the key of
+    what was compiled.
     """
 
     target: str
@@ -91,6 +98,7 @@ class Row:
     load_bits: int
     dot: str
     resident: int
+    source: str
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -115,7 +123,8 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
             result = json.loads(line)
             rows += [Row(**row) for row in result["rows"]]
             if "--times" in arguments:
-                print(f"{result['seconds']:6.1f} s  {target}  {result['case']}", flush=True)
+                took = f"{result['seconds']:6.1f} s  {result['compiled']:2} compiled"
+                print(f"{took}  {target}  {result['case']}", flush=True)
             if "error" in result:
                 errors.append(f"{target} {result['case']}: {result['error']}")
         if worker.wait() != 0:
@@ -188,19 +197,36 @@ def _pretend(name: str) -> None:
     backends._unavailable = lambda impl, device: None
 
 
-class Recorder:
-    """Compiles what the cases of one target launch, and describes it."""
+class _Known(Exception):
+    """Ends a compilation whose row is known."""
 
-    def __init__(self, target: str, asm: Path | None = None):
+
+class Recorder:
+    """Compiles what the cases of one target launch, and describes it.
+
+    Args:
+        known: rows by their key, which need not be compiled where their source is the same.
+        asm: a folder for what was compiled.
+    """
+
+    def __init__(self, target: str, known: dict[tuple, Row], asm: Path | None = None):
+        from triton.compiler import compiler
         from triton.runtime.jit import JITFunction
 
-        self.target, self.asm = target, asm
+        self.target, self.known, self.asm = target, known, asm
         self.rows: list[Row] = []
+        self.compiled = 0
         self.case = ""
         self._logs: dict[str, str] = {}  # a kernel that is compiled already prints no log again
+        self._sources: dict[str, str] = {}  # by the hash of a kernel
         self._seen: dict[str, list[str]] = {}
+        self._name = ""  # of what is compiled now
         self._compile = JITFunction.run
         JITFunction.run = lambda fn, *args, **kwargs: self._run(fn, *args, **kwargs)
+        self._cache_key = compiler.get_cache_key
+        compiler.get_cache_key = self._key
+        # Triton's keys have it, though nothing but debug information depends on it.
+        JITFunction.starting_line_number = property(lambda fn: 0, lambda fn, line: None)
 
     def record(self, case) -> list[Row]:
         self.rows, self.case, self._seen = [], case.name, {}
@@ -210,18 +236,53 @@ class Recorder:
 
     def _run(self, fn, *args, grid, warmup, **kwargs):
         assert "enable_fp_fusion" in kwargs, f"{fn.__name__}: Triton's default would decide"
+        self._name = fn.__name__
         log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            kernel = self._compile(fn, *args, grid=grid, warmup=True, **kwargs)
+        try:
+            with contextlib.redirect_stdout(log):
+                kernel = self._compile(fn, *args, grid=grid, warmup=True, **kwargs)
+        except _Known:
+            return None
         self._logs.setdefault(kernel.hash, log.getvalue())
-        seen = self._seen.setdefault(fn.__name__, [])
-        if kernel.hash not in seen:
-            seen.append(kernel.hash)
-            name = fn.__name__.strip("_") + (f"#{len(seen)}" if len(seen) > 1 else "")
-            self.rows.append(self._describe(name, kernel))
+        source = self._sources[kernel.hash]
+        name = self._name_of(source)
+        if name is not None:
+            self._add(source, self._describe(name, kernel))
             if self.asm:
                 self._write(name, kernel)
         return kernel
+
+    def _name_of(self, source: str) -> str | None:
+        """What the case's table will call a kernel of this source; None where it has it."""
+        seen = self._seen.get(self._name, [])
+        if source in seen:
+            return None
+        return self._name.strip("_") + (f"#{len(seen) + 1}" if seen else "")
+
+    def _add(self, source: str, row: Row) -> None:
+        self._seen.setdefault(self._name, []).append(source)
+        self.rows.append(row)
+
+    def _key(self, src, backend, options, env_vars) -> str:
+        """Triton's key of a compilation, which begins; raises _Known where it need not.
+
+        Our key has not the hash of Triton's own files, which depends on the Python they are for.
+        """
+        import triton
+
+        parts = triton.__version__, src.hash(), backend.hash(), options.hash()
+        source = hashlib.sha256(repr((*parts, sorted(env_vars.items()))).encode()).hexdigest()[:12]
+        key = self._cache_key(src, backend, options, env_vars)
+        self._sources[hashlib.sha256(key.encode()).hexdigest()] = source
+        name = self._name_of(source)
+        row = self.known.get((self.target, self.case, name))
+        if row is not None and row.source == source:
+            self._add(source, row)
+            raise _Known
+        if name is None:
+            raise _Known
+        self.compiled += 1
+        return key
 
     def _describe(self, name: str, kernel) -> Row:
         meta = kernel.metadata
@@ -229,7 +290,8 @@ class Recorder:
         registers, spills, load_bits, dot = read(kernel.asm, self._logs[kernel.hash])
         where = self.target, self.case, name, meta.num_warps
         resident = TARGETS[self.target].resident(meta.num_warps, registers, meta.shared)
-        return Row(*where, registers, spills, meta.shared, load_bits, dot, resident)
+        numbers = registers, spills, meta.shared, load_bits, dot, resident
+        return Row(*where, *numbers, self._sources[kernel.hash])
 
     def _write(self, name: str, kernel) -> None:
         self.asm.mkdir(parents=True, exist_ok=True)
@@ -265,23 +327,35 @@ def _all(names: dict[str, str], text: str) -> str:
     return " and ".join(short for name, short in names.items() if name in text)
 
 
+def known_rows(table: Path | None) -> dict[tuple[str, str, str], Row]:
+    """Of a golden table, without the first of each kernel of a target, which are compiled."""
+    rows, first = {} if table is None else read_table(table, Row), set()
+    for key, row in list(rows.items()):
+        kernel = row.target, row.kernel.split("#")[0]
+        if kernel not in first:
+            first.add(kernel)
+            del rows[key]
+    return rows
+
+
 def _work(options) -> None:
     """Prints one line of JSON for each case: its name, rows and, where it failed, the error."""
     _pretend(options.target)
-    recorder = Recorder(options.target, options.asm)
+    recorder = Recorder(options.target, known_rows(options.known), options.asm)
     for case in runpy.run_path(str(options.script))["cases"]():
         if options.only and case.name.split("-")[0] != options.only:
             continue
         if options.case not in case.name or options.target not in (case.targets or TARGETS):
             continue
         result, start = {"case": case.name, "rows": []}, _cpu_seconds()
+        recorder.compiled = 0
         try:
             result["rows"] = [asdict(row) for row in recorder.record(case)]
         except Exception as error:  # report the others too
             result["error"] = f"{type(error).__name__}: {error}"
             if options.traceback:
                 raise
-        result["seconds"] = _cpu_seconds() - start
+        result |= {"seconds": _cpu_seconds() - start, "compiled": recorder.compiled}
         print(json.dumps(result), flush=True)
 
 
@@ -311,6 +385,7 @@ def main() -> int:
     )
     parser.add_argument("--update", action="store_true", help="rewrite the golden table")
     parser.add_argument("--times", action="store_true", help="CPU seconds of each case")
+    parser.add_argument("--known", type=Path, help="a golden table: compile what is not in it")
     parser.add_argument("--traceback", action="store_true", help="stop at the first error")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -321,6 +396,7 @@ def main() -> int:
         parser.error("--update takes all targets and cases")
     passed = [f"--only={options.only}", f"--case={options.case}", f"--script={options.script}"]
     passed += [f"--asm={options.asm}"] if options.asm else []
+    passed += [f"--known={options.known}"] if options.known else []
     passed += ["--traceback"] if options.traceback else []
     passed += ["--times"] if options.times else []
     start = time.monotonic()
