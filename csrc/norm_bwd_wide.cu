@@ -1,7 +1,8 @@
 // Backward of LayerNorm and RMSNorm for rows too wide for the registers of a block, in two kernels.
 // A row goes to a block, tile by tile, dy and z waiting in shared memory, where they fit, for the
-// row's two sums (where rows are fewer than multiprocessors, a segment of a row goes to a block, in
-// two launches): 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
+// row's two sums; the place of a tile that is done is where the next row's begins to arrive. (Where
+// rows are fewer than multiprocessors, a segment of a row goes to a block, in two launches.) That is
+// 6 bytes an element of 2-byte elements, 8 with dz_in. dweight and dbias go by
 // columns, and read dy and z once more, 4 bytes; a group of rows leaves one fp32 row of sums.
 #include "norm_bwd.cuh"
 #include "norm_wide.cuh"
@@ -25,6 +26,7 @@ __host__ __device__ inline int64_t kept_vectors(int64_t cols) {
 struct Plan {
   bool aligned;       // for Any: the others are always
   bool keeps_shared;  // dy and z
+  bool streams;       // they arrive there by themselves
 };
 
 template <typename Z>
@@ -38,6 +40,65 @@ struct Incoming {
   Vector<DY, V> dy[Items / V];
   Vector<Z, V> z[Items / V];
   float mean, rstd;
+};
+
+// dy and z of a row in shared memory, where each thread has what it will itself read again.
+template <typename DY, typename Z, int V>
+struct KeptRow {
+  static constexpr int kTile = kWideBlock * kWideItems;
+  static constexpr int kVectors = kWideItems / V;
+  Vector<DY, V>* dy;
+  Vector<Z, V>* z;
+  Columns<V> columns;
+  int64_t cols;
+
+  __device__ KeptRow(void* shared, Columns<V> columns, int64_t cols)
+      : dy(static_cast<Vector<DY, V>*>(shared)),
+        z(reinterpret_cast<Vector<Z, V>*>(dy + kept_vectors<V>(cols))),
+        columns(columns),
+        cols(cols) {}
+
+  __device__ void put(const Incoming<DY, Z, V, kWideItems>& in, int64_t first) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const auto col = columns.at(first, k);
+      if (col >= cols) continue;
+      dy[col / V] = in.dy[k];
+      z[col / V] = in.z[k];
+    }
+  }
+
+  __device__ void get(Incoming<DY, Z, V, kWideItems>* in, int64_t first) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const auto col = columns.at(first, k);
+      in->dy[k] = col < cols ? dy[col / V] : Vector<DY, V>{};
+      in->z[k] = col < cols ? z[col / V] : Vector<Z, V>{};
+    }
+  }
+
+  // Begins to copy a tile of a row, or of none.
+  __device__ void begin(const NormBackward& call, int64_t row, int64_t first) const {
+    if constexpr (!std::is_same_v<Z, Any>) {
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) {
+        const auto col = columns.at(first, k);
+        if (col >= cols || row >= call.rows) continue;
+        copy_async<sizeof(Vector<DY, V>)>(
+            &dy[col / V], static_cast<const DY*>(call.dy.ptr) + row * call.dy.stride + col);
+        copy_async<sizeof(Vector<Z, V>)>(
+            &z[col / V], static_cast<const Z*>(call.z.ptr) + row * call.z.stride + col);
+      }
+      copy_async_commit();
+    }
+  }
+
+  // Waits for a tile of a row of which the later ones may still be on their way.
+  __device__ void wait(int64_t first) const {
+    if (first + 4 * kTile < cols) return copy_async_wait<4>();
+    if (first + kTile < cols) return copy_async_wait<1>();
+    copy_async_wait<0>();
+  }
 };
 
 template <typename DY, typename Z, int V, int Items>
@@ -60,13 +121,12 @@ __device__ inline void load_vector(Incoming<DY, Z, V, Items>* in, int k, const N
 }
 
 template <typename DY, typename Z, int V, int Items>
-__device__ inline void load_incoming(Incoming<DY, Z, V, Items>* in, const NormBackward& call,
-                                     int64_t row, Columns<V> columns, int64_t first, bool whole) {
+__device__ inline void load_tile(Incoming<DY, Z, V, Items>* in, const NormBackward& call,
+                                 int64_t row, Columns<V> columns, int64_t first, bool whole) {
 #pragma unroll
   for (int k = 0; k < Items / V; k++) {
     load_vector(in, k, call, row, columns.at(first, k), whole);
   }
-  load_statistics(in, call, row);
 }
 
 // weight as fp32 factors of dy: 1 where there is none.
@@ -184,40 +244,32 @@ __device__ inline void store_partial(float* partial, const float (&mine)[Items /
   }
 }
 
-// dz and dx of rows of any width: a block each, or one for each segment, tile by tile.
+// The block's segments' part of sum(wdy) and sum(wdy * xhat) of a row, whose dy and z it leaves in
+// `kept`, where that has room.
 template <typename DY, typename Z, int V>
-__global__ void __launch_bounds__(kWideBlock, 1)
-    norm_bwd_wide_kernel(NormBackward call, Plan plan, Phase phase) {
-  constexpr int kTile = kWideBlock * kWideItems;
-  constexpr int kVectors = kWideItems / V;
-  static_assert(kSegment % kTile == 0);
+__device__ inline void row_sums(float (&sums)[2], Incoming<DY, Z, V, kWideItems>* in,
+                                const NormBackward& call, const Plan& plan,
+                                const KeptRow<DY, Z, V>& kept, const Segments& segments,
+                                int64_t row, float* slots) {
   const bool whole = is_whole<Z>(plan);
-  const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
-  const Segments segments(call.cols, call.splits, phase);
-  const int64_t row = segments.row;
-  float* slots = shared_memory<float>();
-  Vector<DY, V>* kept_dy = reinterpret_cast<Vector<DY, V>*>(slots + kSlots);
-  Vector<Z, V>* kept_z = reinterpret_cast<Vector<Z, V>*>(kept_dy + kept_vectors<V>(call.cols));
-
-  Incoming<DY, Z, V, kWideItems> in{};
-  float sums[2] = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int64_t segment = segments.begin; segment < segments.end && phase != Phase::kResults;
-       segment++) {
+  for (int64_t segment = segments.begin; segment < segments.end; segment++) {
     float mine[2] = {0.0f, 0.0f};
     const int64_t end = min((segment + 1) * kSegment, call.cols);
-    for (int64_t first = segment * kSegment; first < end; first += kTile) {
-      load_incoming(&in, call, row, columns, first, whole);
+#pragma unroll 1
+    for (int64_t first = segment * kSegment; first < end; first += kept.kTile) {
+      if (plan.streams) {
+        kept.wait(first);
+        kept.get(in, first);
+      } else {
+        load_tile(in, call, row, kept.columns, first, whole);
+        if (plan.keeps_shared) kept.put(*in, first);
+      }
 #pragma unroll
-      for (int k = 0; k < kVectors; k++) {
-        const auto col = columns.at(first, k);
+      for (int k = 0; k < kept.kVectors; k++) {
         float weight[V];
-        load_weight(weight, call, col, whole);
-        add_sums(mine, in, k, weight);
-        if (plan.keeps_shared && col < call.cols) {
-          kept_dy[col / V] = in.dy[k];
-          kept_z[col / V] = in.z[k];
-        }
+        load_weight(weight, call, kept.columns.at(first, k), whole);
+        add_sums(mine, *in, k, weight);
       }
     }
     sync_block();  // the slots are free again
@@ -225,38 +277,66 @@ __global__ void __launch_bounds__(kWideBlock, 1)
     sums[0] += mine[0];
     sums[1] += mine[1];
   }
-  float* scratch = call.sums + row * call.splits * 2;
-  if (phase == Phase::kSums) {
-    if (threadIdx.x == 0) {
-      scratch[segments.begin * 2] = sums[0];
-      scratch[segments.begin * 2 + 1] = sums[1];
-    }
-    return;
-  }
-  if (phase == Phase::kResults) {
-#pragma unroll 1
-    for (int i = 0; i < call.splits; i++) {
-      sums[0] += scratch[i * 2];
-      sums[1] += scratch[i * 2 + 1];
-    }
-  }
-  const float n = static_cast<float>(call.cols);
-  const float means[2] = {call.kind == NormKind::kLayer ? sums[0] / n : 0.0f, sums[1] / n};
+}
 
-  const int64_t end = min(segments.end * kSegment, call.cols);
-  for (int64_t first = segments.begin * kSegment; first < end; first += kTile) {
-    if (!plan.keeps_shared) load_incoming(&in, call, row, columns, first, whole);
-    const uint32_t keep = keep_bits_of<kWideItems>(call, row, columns, first);
-#pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      const auto col = columns.at(first, k);
-      if (plan.keeps_shared && col < call.cols) {  // by this very thread
-        in.dy[k] = kept_dy[col / V];
-        in.z[k] = kept_z[col / V];
+// dz and dx of rows of any width, tile by tile: a block each and on to the next ones a grid further,
+// or a block for each segment.
+template <typename DY, typename Z, int V>
+__global__ void __launch_bounds__(kWideBlock, 1)
+    norm_bwd_wide_kernel(NormBackward call, Plan plan, Phase phase) {
+  const bool whole = is_whole<Z>(plan);
+  const Columns<V> columns{kWideBlock, static_cast<int>(threadIdx.x)};
+  const Segments segments(call.cols, call.splits, phase);
+  float* slots = shared_memory<float>();
+  const KeptRow<DY, Z, V> kept(slots + kSlots, columns, call.cols);
+  static_assert(kSegment % kept.kTile == 0);
+  const int64_t begin = segments.begin * kSegment, end = min(segments.end * kSegment, call.cols);
+  const int64_t step = phase == Phase::kAll ? int64_t{gridDim.x} : call.rows;
+  if (plan.streams) {
+    for (int64_t first = begin; first < end; first += kept.kTile) {
+      kept.begin(call, segments.row, first);
+    }
+  }
+#pragma unroll 1
+  for (int64_t row = segments.row; row < call.rows; row += step) {
+    Incoming<DY, Z, V, kWideItems> in{};
+    load_statistics(&in, call, row);
+    float sums[2] = {0.0f, 0.0f};
+    if (phase != Phase::kResults) row_sums(sums, &in, call, plan, kept, segments, row, slots);
+    float* scratch = call.sums + row * call.splits * 2;
+    if (phase == Phase::kSums) {
+      if (threadIdx.x == 0) {
+        scratch[segments.begin * 2] = sums[0];
+        scratch[segments.begin * 2 + 1] = sums[1];
       }
-      float weight[V];
-      load_weight(weight, call, col, whole);
-      store_vector(in, k, means, weight, call, row, col, keep, whole);
+      continue;
+    }
+    if (phase == Phase::kResults) {
+#pragma unroll 1
+      for (int i = 0; i < call.splits; i++) {
+        sums[0] += scratch[i * 2];
+        sums[1] += scratch[i * 2 + 1];
+      }
+    }
+    const float n = static_cast<float>(call.cols);
+    const float means[2] = {call.kind == NormKind::kLayer ? sums[0] / n : 0.0f, sums[1] / n};
+
+#pragma unroll 1
+    for (int64_t first = begin; first < end; first += kept.kTile) {
+      if (plan.keeps_shared) {
+        kept.get(&in, first);
+      } else {
+        load_tile(&in, call, row, columns, first, whole);
+      }
+      if (plan.streams) kept.begin(call, row + step, first);
+      const uint32_t keep = keep_bits_of<kWideItems>(call, row, columns, first);
+#pragma unroll
+      for (int k = 0; k < kept.kVectors; k++) {
+        const auto col = columns.at(first, k);
+        float weight[V];
+        load_weight(weight, call, col, whole);
+        store_vector(in, k, means, weight, call, row, col, keep, whole);
+      }
     }
   }
 }
@@ -275,7 +355,8 @@ __global__ void __launch_bounds__(kColumnsWarps* kWarp, 1)
 #pragma unroll 4
   for (int64_t row = group * kColumnsWarps + warp_id(); row < call.rows; row += step) {
     Incoming<DY, Z, V, V> in;
-    load_incoming(&in, call, row, columns, first, whole);
+    load_tile(&in, call, row, columns, first, whole);
+    load_statistics(&in, call, row);
     add_columns(dweight[0], dbias[0], in, 0, call);
   }
   float* scratch = shared_memory<float>();
@@ -303,7 +384,10 @@ cudaError_t launch_wide(BackwardTypes<DY, Z, V>, const NormBackward& call, Plan 
     plan.keeps_shared =
         call.splits == 1 && shared + row <= static_cast<size_t>(device.shared_bytes);
     if (plan.keeps_shared) shared += row;
-    error = launch_phases(call.rows, call.splits, call.rows, [&](Phase phase, dim3 blocks) {
+    plan.streams = plan.keeps_shared && !std::is_same_v<Z, Any>;
+    // Rows in shared memory leave room for one block, which prepares for its next row.
+    const int64_t most = plan.streams ? int64_t{device.multiprocessors} : call.rows;
+    error = launch_phases(call.rows, call.splits, most, [&](Phase phase, dim3 blocks) {
       return launch(norm_bwd_wide_kernel<DY, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
                     phase);
     });
@@ -324,7 +408,7 @@ int wide_partials(int64_t rows, const Device& device) {
 
 cudaError_t norm_bwd_wide(const NormBackward& call, cudaStream_t stream) {
   return with_backward_types(call, [&](auto types, bool aligned) {
-    return launch_wide(types, call, Plan{aligned, false}, stream);
+    return launch_wide(types, call, Plan{aligned, false, false}, stream);
   });
 }
 

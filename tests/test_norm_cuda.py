@@ -179,6 +179,26 @@ def test_norm_cuda_wide_rows_arrive_ahead(impl, device):
         assert simt_build.copied() == rows * cols * 2
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize(("dtype", "cols"), [(BF16, 5 * 4096 + 8), (F32, WIDEST + 4)], ids=str)
+def test_norm_cuda_wide_rows_of_the_backward_arrive_ahead(cols, dtype, impl, device):
+    import simt_build
+
+    rows = 7  # of which each of the three blocks has some in turn
+    x, dy = (randn(rows, cols, dtype=dtype, device=device, seed=s).requires_grad_() for s in (1, 2))
+    weight = randn(cols, dtype=dtype, device=device, seed=3).requires_grad_()
+    y = fastlm.layer_norm(x, weight, impl=impl)
+    expected = torch.autograd.grad(y, (x, weight), misaligned(dy), retain_graph=True)
+    for mode in simt_build.MODES:
+        simt_build.configure(*mode, seed=1)
+        simt_build.copied()
+        with nan_filled_empty():
+            grads = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+        assert all_equal(grads, expected), mode
+        assert simt_build.copied() == 2 * rows * cols * dtype.itemsize, "dy and z"
+
+
 @pytest.mark.parametrize("impl", ["cuda"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("cols", [40, 768, 1030])
