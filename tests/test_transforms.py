@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import func
+from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm.ops._transforms import TRANSFORM_REFUSAL
@@ -221,6 +222,16 @@ def test_first_gradients_are_the_kernels_with_a_graph_too(name, impl, device):
     plain = torch.autograd.grad(run(), leaves)
     graph = torch.autograd.grad(run(), leaves, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
+
+
+@pytest.mark.parametrize("name,impl", CALLS)
+def test_gradients_under_checkpoint_are_the_same(name, impl, device):
+    tensors, options = moved(name, device)
+    leaves = [tensors[n].requires_grad_() for n in floats(tensors)]
+    run = lambda: total(op_of(name, impl, options)(**tensors))
+    plain = torch.autograd.grad(run(), leaves)
+    checkpointed = torch.autograd.grad(checkpoint(run, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
 @pytest.mark.parametrize("name,impl", CALLS)

@@ -140,12 +140,13 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy, _mean, _rstd):
         if dy is None:
             return (None,) * 12
-        indices, tables = ctx.saved_tensors[:3], ctx.saved_tensors[3:8]
+        saved = ctx.saved_tensors  # once: checkpoint gives them away
+        indices, tables = saved[:3], saved[3:8]
         if tables[3] is None:  # without LayerNorm only shapes and dtypes count: no memory
             new = lambda shape, dtype: dy.new_zeros((), dtype=dtype).expand(shape)
             tables = [None if like is None else new(*like) for like in ctx.like]
         grads = gradients(
-            _gradients, _differentiable, (dy,), tables, (*indices, *ctx.saved_tensors[8:]),
+            _gradients, _differentiable, (dy,), tables, (*indices, *saved[8:]),
             (ctx.eps, ctx.dropout_p, ctx.padding_idx), ctx.needs_input_grad[3:8],
         )  # fmt: skip
         return None, None, None, *grads, None, None, None, None

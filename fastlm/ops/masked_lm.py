@@ -126,7 +126,8 @@ class _MaskedTransform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: checkpoint gives them away
+        inputs, kept = saved[:5], saved[5:]
         options = ctx.dtype, ctx.activation, ctx.eps
         grads = gradients(
             _transform_gradients, _transform_reference, (dy,), inputs, kept, options,
