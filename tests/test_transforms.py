@@ -293,9 +293,10 @@ def test_vmap_and_jvp_are_right_or_refused(name, impl, device):
 
 
 @pytest.mark.parametrize("name,impl", [c for c in CALLS if c[0] in TRANSFORMED])
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_batched_incoming_gradients(name, impl, device):
-    """What torch.autograd.functional.jacobian(vectorize=True) and torch.func.jacrev do."""
+def test_batched_incoming_gradients(name, impl, create_graph, device):
+    """What torch.autograd.functional.jacobian(vectorize=True) does."""
     tensors, options = moved(name, device)
 
     def batched(run, tensors):
@@ -305,8 +306,9 @@ def test_batched_incoming_gradients(name, impl, device):
         out = out if isinstance(out, tuple) else (out,)
         out = sum((y * randn(*y.shape, device=device, seed=20).to(y)).sum() for y in out)
         return torch.autograd.grad(
-            out, list(leaves.values()), incoming.to(out), is_grads_batched=True, create_graph=True
-        )
+            out, list(leaves.values()), incoming.to(out), is_grads_batched=True,
+            create_graph=create_graph,
+        )  # fmt: skip
 
     names = floats(tensors)
     run, reference = op_of(name, impl, options), reference_of(name, options)
@@ -317,6 +319,43 @@ def test_batched_incoming_gradients(name, impl, device):
     )
     for n, *of_each in zip(names, *results, strict=True):
         assert_close(n, *of_each)
+
+
+ANGLES = randn(3, 2, seed=30), randn(3, 2, seed=31)
+ROWS = randn(2**17 // 24, 24, seed=32)  # with another row so many that RMSNorm goes by chunks
+WIDE = randn(8, 2**23 // 3 + 1, seed=33)  # and so many logits that cross_entropy does
+# Of 24 elements, by the functions that a CPU alone has.
+ON_A_CPU = {
+    "rotary": lambda x: fastlm.rotary(x.view(1, 3, 2, 4), *ANGLES, impl="torch"),
+    "rotary-interleaved": lambda x: fastlm.rotary(
+        x.view(1, 3, 2, 4), *ANGLES, interleaved=True, impl="torch"
+    ),
+    "rms_norm": lambda x: fastlm.rms_norm(torch.cat([x[None], ROWS]), ROWS[0], impl="torch")[0],
+    "rms_norm-bf16": lambda x: fastlm.rms_norm(
+        torch.cat([x[None], ROWS]).bfloat16(), casting="llama", impl="torch"
+    )[0],
+    "layer_norm-bf16": lambda x: fastlm.layer_norm(x.view(3, 8).bfloat16(), impl="torch"),
+    "linear_cross_entropy": lambda x: fastlm.linear_cross_entropy(
+        x.view(3, 8), HEAD["weight"], TARGET["target"][0, :3], softcap=3.0, impl="torch"
+    ),
+    "cross_entropy": lambda x: fastlm.cross_entropy(
+        x.view(3, 8) @ WIDE, TARGET["target"][0, :3], impl="torch"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functions_of_a_cpu_take_batched_gradients(name):
+    """By torch.autograd.grad(is_grads_batched=True) and by torch.func.vmap, again and again."""
+    x = randn(24, seed=34).requires_grad_()
+    y = ON_A_CPU[name](x)
+    incoming = randn(2, *y.shape, seed=35).to(y)
+    pull = lambda g, **options: torch.autograd.grad(y, x, g, retain_graph=True, **options)[0]
+    batched = pull(incoming, is_grads_batched=True), func.vmap(pull)(incoming)
+    expected = torch.stack([pull(g) for g in incoming])
+    for actual in batched:
+        assert_close(name, actual, expected, expected.double())
 
 
 def test_outputs_may_be_written_to(device):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fastlm.ops._chunked_loss import chunked_linear_cross_entropy
 from fastlm.ops._library import contract
-from fastlm.ops._transforms import gradients, in_create_graph, in_functorch
+from fastlm.ops._transforms import gradients, in_create_graph, in_functorch, in_plain_eager
 from fastlm.reference import loss as reference
 
 
@@ -138,9 +138,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, weight, bias, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if ctx.ready is not None and not in_create_graph():
-            grads, ctx.ready = ctx.ready, None
-            scale = _scale(dloss, kept[2], ctx.options)
-            return *_given(grads, scale, (x, weight, bias), needs, ctx.options[0]), *[None] * 7
+            if not in_plain_eager():  # as many gradients as there are dloss: scaled in copies
+                kept += ctx.ready
+            else:
+                grads, ctx.ready = ctx.ready, None
+                scale = _scale(dloss, kept[2], ctx.options)
+                return *_given(grads, scale, (x, weight, bias), needs, ctx.options[0]), *[None] * 7
         fused = _rowwise_gradients if ctx.options[-1] == "none" else _reduced_gradients
         grads = gradients(
             fused, _reference, (dloss,), (x, weight, bias), kept, ctx.options, needs

@@ -100,7 +100,8 @@ def _gradients(incoming, inputs, kept, options, needs):
     (dy,), (z, weight, bias), (mean, rstd) = incoming, inputs, kept
     kind = options[0]
     dy, rows, (need_z, need_weight, need_bias) = as_rows(dy), as_rows(z), needs
-    if dy.dtype != rows.dtype:
+    whole = in_plain_eager()  # else a vmap over dy, which takes no out= and no half beside fp32
+    if dy.dtype != rows.dtype or not whole:
         dy, rows = dy.float(), rows.float()
     scale = _scale(weight, z, kind)
     call = lambda dy, rows, mean, rstd, *wanted: _backward(
@@ -109,16 +110,21 @@ def _gradients(incoming, inputs, kept, options, needs):
     dz, sums = None, []
     if need_z and kind == "layer":  # row by row, in fp32: exact in halves too
         dz = call(dy, rows, mean, rstd, True, False, False)[0]
-    elif need_z:
-        dz = torch.empty_like(rows, dtype=z.dtype)
     by_chunk = need_z and kind != "layer"
+    if by_chunk:
+        dz = torch.empty_like(rows, dtype=z.dtype) if whole else []
     for chunk in _chunks(*rows.shape) if by_chunk or need_weight or need_bias else ():
         part = dy[chunk].float(), rows[chunk].float(), mean[chunk], rstd[chunk]
         dpart, *vectors = call(*part, by_chunk, need_weight, need_bias)
         sums.append(vectors)
         if by_chunk:  # what its mean took away
             dmean = part[0].mean(1) if scale is None else (part[0] @ scale).div_(rows.shape[1])
-            torch.add(dpart, dmean[:, None] * rstd[chunk], out=dz[chunk])
+            if whole:
+                torch.add(dpart, dmean[:, None] * rstd[chunk], out=dz[chunk])
+            else:
+                dz.append(dpart + dmean[:, None] * rstd[chunk])
+    if isinstance(dz, list):
+        dz = torch.cat(dz)
     total = lambda i, like: (
         torch.stack([s[i] for s in sums]).sum(0).to(like.dtype) if sums else torch.zeros_like(like)
     )

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 Tensors = Sequence["torch.Tensor | None"]
 # Why a backend of kernels refuses a call where `in_transform`.
 TRANSFORM_REFUSAL = "does not run under torch.func.vmap and forward-mode differentiation"
+_BATCHED = torch._C.DispatchKeySet(torch._C._parse_dispatch_key("VmapMode")).raw_repr()
 
 
 def in_transform() -> bool:
@@ -35,9 +36,18 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def in_batched_gradients() -> bool:
+    """Within the vmap of `torch.autograd.grad(is_grads_batched=True)`, which is not torch.func's:
+    incoming gradients then take no view in a function of ours, no `out=` and no branch."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & _BATCHED)
+
+
 def in_plain_eager() -> bool:
     """Neither compiled nor within a transform: calls may depend on data, and write in place."""
-    return not (torch.compiler.is_compiling() or in_functorch() or in_transform())
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or in_functorch() or in_transform() or in_batched_gradients())
 
 
 def in_create_graph() -> bool:

@@ -89,29 +89,41 @@ class _Rotary(torch.autograd.Function):
         return *grads, None, None
 
 
+@contract(lambda x, cos, sin, interleaved: torch.empty_like(x))
+def rotary_turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """y by torch in as few passes as it can; the tables have dimensions like those of x.
+
+    A contract, for a vmap over incoming gradients goes through operators one by one.
+    """
+    half = cos.shape[-1]
+    part = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype))
+    if interleaved:
+        # A view as complex numbers wants pairs that begin at even places.
+        *strides, last = part.stride()
+        if last != 1 or any(n % 2 for n in (*strides, part.storage_offset())):
+            part = part.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(part.unflatten(-1, (half, 2)))
+        # No view, which users could not write to.
+        y = torch.view_as_real(pairs * torch.complex(cos, sin))
+        y = torch.ops.aten._unsafe_view(y, part.shape)
+    else:
+        y = part * torch.cat((cos, cos), -1)
+        y[..., :half].addcmul_(part[..., half:], sin, value=-1.0)
+        y[..., half:].addcmul_(part[..., :half], sin)
+    y = y.to(x.dtype)
+    return y if 2 * half == x.shape[-1] else torch.cat((y, x[..., 2 * half :]), -1)
+
+
 class _Turn(torch.autograd.Function):
-    """(x, cos, sin, interleaved) -> y by torch in as few passes as it can, for tables without a
-    gradient, with dimensions like those of x. The gradient is the inverse turn."""
+    """`rotary_turn`, for tables without a gradient. The gradient of x is the inverse turn."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, cos, sin, interleaved):
-        half = cos.shape[-1]
-        part = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype))
-        if interleaved:
-            # A view as complex numbers wants pairs that begin at even places.
-            *strides, last = part.stride()
-            if last != 1 or any(n % 2 for n in (*strides, part.storage_offset())):
-                part = part.clone(memory_format=torch.contiguous_format)
-            pairs = torch.view_as_complex(part.unflatten(-1, (half, 2)))
-            # No view, which users could not write to.
-            y = torch.view_as_real(pairs * torch.complex(cos, sin))
-            y = torch.ops.aten._unsafe_view(y, part.shape)
-        else:
-            y = part * torch.cat((cos, cos), -1)
-            y[..., :half].addcmul_(part[..., half:], sin, value=-1.0)
-            y[..., half:].addcmul_(part[..., :half], sin)
-        y = y.to(x.dtype)
-        return y if 2 * half == x.shape[-1] else torch.cat((y, x[..., 2 * half :]), -1)
+        return rotary_turn(x, cos, sin, interleaved)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
