@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
 from fastlm import backends
@@ -129,9 +130,9 @@ def test_every_operator_takes_impl_last(name):
     assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def meta_calls():
-    t = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)
-    ints = lambda *shape: torch.empty(shape, device="meta", dtype=torch.int64)
+def calls_on(device):
+    t = lambda *shape: torch.empty(shape, device=device, requires_grad=True)
+    ints = lambda *shape: torch.empty(shape, device=device, dtype=torch.int64)
     x, q = t(2, 8), t(1, 4, 2, 8)
     return {
         "attention": lambda: fastlm.attention(q, q, q, causal=True, dropout_p=0.1),
@@ -143,14 +144,27 @@ def meta_calls():
         "glu": lambda: fastlm.glu(x, x),
         "layer_norm": lambda: fastlm.layer_norm(x, t(8), t(8), dropout_p=0.1),
         "linear_cross_entropy": lambda: fastlm.linear_cross_entropy(x, t(16, 8), ints(2)),
+        "masked_lm_loss": lambda: fastlm.masked_lm_loss(
+            x, ints(2), t(4, 8), t(4), t(4), t(4), t(16, 4)
+        ),
+        "next_sentence_loss": lambda: fastlm.next_sentence_loss(x, ints(2), t(2, 8)),
         "rms_norm": lambda: fastlm.rms_norm(x, t(8), casting="gemma"),
         "rotary": lambda: fastlm.rotary(q, t(4, 4), t(4, 4)),
     }
 
 
-@pytest.mark.parametrize("name", meta_calls())
-def test_operators_run_on_tensors_without_memory(name):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_operators_run_on_tensors_without_memory(name, autocast):
     """Shapes can be inferred, and models built, on the meta device."""
-    y = meta_calls()[name]()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = calls_on("meta")[name]()
     y.sum().backward()
     assert y.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_operators_run_on_fake_tensors(name):
+    """No call and no backward pass depends on what they would hold."""
+    with FakeTensorMode():
+        calls_on("cpu")[name]().sum().backward()

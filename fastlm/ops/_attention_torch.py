@@ -7,11 +7,9 @@ reference runs unless the caller allows that.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from fastlm.ops._check import autocast_dtype
+from fastlm.ops._check import without_autocast
 from fastlm.ops._library import apply
 from fastlm.ops._transforms import gradients, in_create_graph, in_transform
 from fastlm.reference import attention as reference
@@ -32,13 +30,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     if options["return_lse"]:
         return out[0].contiguous(), out[1]
     return out.contiguous()
-
-
-def without_autocast(device: torch.device):
-    """The reference chooses its own dtypes; autocast would lower its fp32 products."""
-    if autocast_dtype(device) is not None:
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def leads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> bool:

@@ -5,6 +5,8 @@ Messages: `"{op}: {arg} must {be|have|match} {constraint}, got {value}"`.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,3 +95,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """For what chooses its own dtypes: autocast would lower its fp32 products."""
+    if autocast_dtype(device) is not None:
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 
 from fastlm.ops._chunked_loss import chunked_linear_cross_entropy
 from fastlm.ops._library import contract
-from fastlm.ops._transforms import gradients, in_create_graph, in_functorch, in_plain_eager
+from fastlm.ops._transforms import (
+    gradients,
+    has_values,
+    in_create_graph,
+    in_functorch,
+    in_plain_eager,
+)
 from fastlm.reference import loss as reference
 
 
@@ -85,7 +91,8 @@ def _torch_scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def _torch_scale_(x: torch.Tensor, scale: torch.Tensor) -> None:
-    if scale.device.type != "cpu" or scale != 1.0:  # a pass over a large tensor
+    seen = scale.device.type == "cpu" and has_values(scale)
+    if not seen or scale != 1.0:  # a pass over a large tensor
         x.mul_(scale)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
+from fastlm.ops._check import without_autocast
+
 Tensors = Sequence["torch.Tensor | None"]
 # Why a backend of kernels refuses a call where `in_transform`.
 TRANSFORM_REFUSAL = "does not run under torch.func.vmap and forward-mode differentiation"
@@ -48,6 +50,11 @@ def in_plain_eager() -> bool:
     """Neither compiled nor within a transform: calls may depend on data, and write in place."""
     compiling = torch.compiler.is_compiling()
     return not (compiling or in_functorch() or in_transform() or in_batched_gradients())
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether a branch may depend on what x holds: not for fake tensors and others like them."""
+    return not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 
 def in_create_graph() -> bool:
@@ -119,7 +126,7 @@ class _Gradients(torch.autograd.Function):
             return pull(_filled(incoming, outputs))
 
         results = [None] * len(saved)
-        with torch.autocast(saved[counts[0]].device.type, enabled=False):
+        with without_autocast(saved[counts[0]].device):
             grads, pull = torch.func.vjp(first, *(saved[i] for i in wanted))
             second = pull(_filled([ddinputs[i] for i in chosen], grads))
         for i, g in zip(wanted, second, strict=True):

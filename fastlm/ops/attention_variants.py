@@ -19,7 +19,14 @@ from fastlm.ops._attention_check import (
     check_seqlens_k,
     to_common_dtype,
 )
-from fastlm.ops._check import fail, make_seed, require_device, require_float, require_shape
+from fastlm.ops._check import (
+    fail,
+    make_seed,
+    require_device,
+    require_float,
+    require_shape,
+    without_autocast,
+)
 from fastlm.ops.attention import BACKENDS
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
@@ -90,7 +97,7 @@ def attention_varlen(
     backend = choose(op, impl, BACKENDS, q.device, q, k, v, options)
     if backend != "torch":
         return _attention_kernels.attention(backend, q, k, v, options, packing)
-    with _attention_torch.without_autocast(q.device):
+    with without_autocast(q.device):
         return reference.attention_varlen(q, k, v, *packing, **options)
 
 
@@ -217,7 +224,7 @@ def attention_weights(
     if choose(op, impl, _WEIGHTS_BACKENDS, q.device, q, k, k, options) == "triton":
         q, k = (_attention_kernels.last_stride_1(x) for x in (q, k))
         return _attention_weights.attention_weights(q, k, lse, options)
-    with _attention_torch.without_autocast(q.device):
+    with without_autocast(q.device):
         return reference.attention_weights(q, k, lse, **options)
 
 

@@ -15,11 +15,18 @@ from fastlm.ops._check import (
     require_probability,
     require_shape,
     require_tensor,
+    without_autocast,
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
+from fastlm.ops._transforms import (
+    TRANSFORM_REFUSAL,
+    gradients,
+    has_values,
+    in_plain_eager,
+    in_transform,
+)
 from fastlm.ops.loss import as_numbers, check_loss, cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm
 from fastlm.reference import loss as reference
@@ -266,14 +273,14 @@ def _torch_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     *transform, decoder_weight, decoder_bias = parameters.values()
     reduction, masked = options["reduction"], labels != options["ignore_index"]
     # Elsewhere the number of masked rows is not known without waiting for it, or is not static.
-    gathers = x.device.type == "cpu" and in_plain_eager()
+    gathers = x.device.type == "cpu" and in_plain_eager() and has_values(labels)
     if gathers:
         index = masked.nonzero().squeeze(1)
         x, labels = x[index], labels[index]
     else:
         x = x.masked_fill(~masked[:, None], 0.0)
     dense_weight, dense_bias, norm_weight, norm_bias = transform
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         h = F.linear(x.to(dtype), dense_weight.to(dtype), dense_bias.to(dtype))
         h = layer_norm(FUNCTIONS[activation](h), norm_weight, norm_bias, eps=eps, impl="torch")
     # Under autocast this returns fp32.
@@ -331,7 +338,7 @@ def next_sentence_loss(
     require_tensor(op, "labels", labels)
     require_shape(op, "labels", labels, hidden.shape[:1], "(batch,)")
     dtype, _ = _dtypes(hidden, *given.values())
-    with torch.autocast(_autocast_device(hidden), enabled=False):
+    with without_autocast(hidden.device):
         linear = lambda x, w, b: F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
         pooled = hidden
         if pooler_weight is not None:
@@ -401,10 +408,6 @@ def _dtypes(*tensors) -> tuple[torch.dtype, torch.dtype]:
     if lower is None or dtype == torch.float64:
         return dtype, dtype
     return lower, torch.float32
-
-
-def _autocast_device(x: torch.Tensor) -> str:
-    return "cpu" if x.device.type == "meta" else x.device.type
 
 
 def _triton_refuses(hidden, parameters) -> str | None:
