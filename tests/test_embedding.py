@@ -564,6 +564,8 @@ IDS, WEIGHT = torch.zeros(2, 5, dtype=torch.int64), torch.ones(9, 4)
      "type_ids must have the shape of ids or its last dimension, (2, 5), got (1, 5)"),
     ({"norm_weight": torch.ones(5)}, "norm_weight must have shape (dim,) = (4,), got (5,)"),
     ({"norm_bias": torch.ones(4)}, "norm_weight must be given with norm_bias, got None"),
+    ({"eps": -1}, "eps must be a number of at least 0, got -1"),
+    ({"eps": "a"}, "eps must be a number of at least 0, got str"),
     ({"dropout_p": 2}, "dropout_p must be a number from 0 to 1, got 2"),
     ({"dropout_p": 0.5, "seed": "a"},
      "seed must be an int or an int64 tensor of one element, got str"),

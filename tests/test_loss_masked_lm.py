@@ -339,6 +339,8 @@ HEAD = {"hidden": torch.ones(2, 4), "labels": LABELS, "dense_weight": torch.ones
      "labels must have dtype torch.int64 or torch.int32, got torch.float32"),
     ({"activation": "tanh"}, "activation must be one of 'gelu', 'gelu_tanh', 'relu', 'relu2', "
      "'silu', 'quick_gelu', got 'tanh'"),
+    ({"eps": -1e-5}, "eps must be a number of at least 0, got -1e-05"),
+    ({"eps": None}, "eps must be a number of at least 0, got NoneType"),
     ({"reduction": "max"}, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
     ({"impl": "cuda"}, "fastlm has no cuda kernel for masked_lm_loss; use impl='torch'"),
     ({"dense_weight": torch.ones(8200, 4), "dense_bias": torch.ones(8200),

@@ -417,6 +417,10 @@ def test_norm_rows_past_int32_offsets(impl, device):
     )
 
 
+EPS_ERRORS = [("1", "str"), (None, "NoneType"), (torch.tensor(1e-5), "Tensor"), (True, "bool"),
+              (-1e-5, "-1e-05"), (float("nan"), "nan")]  # fmt: skip
+
+
 @pytest.mark.parametrize("change,message", [
     ({"x": 1.0}, "layer_norm: x must be a tensor, got float"),
     ({"x": torch.ones(2, 8, dtype=torch.int32)},
@@ -430,6 +434,8 @@ def test_norm_rows_past_int32_offsets(impl, device):
      "layer_norm: residual must have shape of x = (2, 8), got (3, 8)"),
     ({"dropout_p": 1.5}, "layer_norm: dropout_p must be a number from 0 to 1, got 1.5"),
     ({"dropout_p": "a"}, "layer_norm: dropout_p must be a number from 0 to 1, got str"),
+    *[({"eps": eps}, f"layer_norm: eps must be a number of at least 0, got {got}")
+      for eps, got in EPS_ERRORS],
     ({"dropout_p": 0.5, "seed": 1.5},
      "layer_norm: seed must be an int or an int64 tensor of one element, got float"),
     ({"impl": "fast"},
@@ -445,6 +451,21 @@ def test_norm_kernels_refuse_float64(impl, device):
     message = f"rms_norm: impl={impl!r} computes in fp32 and does not take a float64 weight; use"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         fastlm.rms_norm(randn(2, 8, device=device), torch.ones(8).double().to(device), impl=impl)
+
+
+@pytest.mark.parametrize("eps,got", EPS_ERRORS)
+def test_rms_norm_eps_errors(eps, got):
+    message = f"rms_norm: eps must be a number of at least 0, got {got}"
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        fastlm.rms_norm(torch.ones(2, 8), eps=eps)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norm_takes_any_eps_from_0(impl, device):
+    x = randn(3, 8, device=device)
+    for eps in (0, 1, 3):
+        for op in (fastlm.layer_norm, fastlm.rms_norm):
+            assert torch.equal(op(x, eps=eps, impl=impl), op(x, eps=float(eps), impl=impl))
 
 
 def test_rms_norm_casting_error():

@@ -47,6 +47,13 @@ def require_probability(op: str, arg: str, p) -> None:
         raise fail(op, arg, "be a number from 0 to 1", p)
 
 
+def require_eps(op: str, eps) -> None:
+    if type(eps) is not float and (not isinstance(eps, (int, float)) or isinstance(eps, bool)):
+        raise fail(op, "eps", "be a number of at least 0", type(eps).__name__, TypeError)
+    if not eps >= 0.0:  # nor NaN
+        raise fail(op, "eps", "be a number of at least 0", eps)
+
+
 def require_choice(op: str, arg: str, value, allowed: tuple) -> None:
     if value not in allowed:
         names = ", ".join(repr(a) for a in allowed)

@@ -13,6 +13,7 @@ from fastlm.ops._check import (
     fail,
     make_seed,
     require_device,
+    require_eps,
     require_float,
     require_probability,
     require_shape,
@@ -266,6 +267,7 @@ def embedding(
     if norm_bias is not None and norm_weight is None:
         raise fail(op, "norm_weight", "be given with norm_bias", None)
     require_probability(op, "dropout_p", dropout_p)
+    require_eps(op, eps)
     vocab = token_weight.shape[0]
     if padding_idx is not None:
         _check_padding(op, padding_idx, vocab)

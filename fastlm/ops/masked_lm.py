@@ -11,8 +11,8 @@ from fastlm.ops._check import (
     fail,
     require_choice,
     require_device,
+    require_eps,
     require_float,
-    require_probability,
     require_shape,
     require_tensor,
     without_autocast,
@@ -228,7 +228,7 @@ def masked_lm_loss(
     }  # fmt: skip
     _check_head(op, hidden, parameters)
     require_choice(op, "activation", activation, tuple(FUNCTIONS))
-    require_probability(op, "eps", eps)
+    require_eps(op, eps)
     numbers = ignore_index, label_smoothing, z_loss, softcap
     check_loss(op, hidden, "(...) of hidden (..., dim)", labels, decoder_weight.shape[0], None,
                reduction, *numbers, target_name="labels")  # fmt: skip

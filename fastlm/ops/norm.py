@@ -15,6 +15,7 @@ from fastlm.ops._check import (
     make_seed,
     require_choice,
     require_device,
+    require_eps,
     require_float,
     require_probability,
     require_shape,
@@ -220,7 +221,7 @@ def layer_norm(
 
     Source: Ba et al., "Layer Normalization", arXiv:1607.06450.
     """
-    _check_norm("layer_norm", x, weight, bias, residual, dropout_p)
+    _check_norm("layer_norm", x, weight, bias, residual, dropout_p, eps)
     return _norm(
         "layer_norm", x, weight, bias, eps, residual, dropout_p, seed, prenorm, "layer", impl
     )
@@ -249,13 +250,13 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    _check_norm("rms_norm", x, weight, None, residual, dropout_p)
+    _check_norm("rms_norm", x, weight, None, residual, dropout_p, eps)
     require_choice("rms_norm", "casting", casting, CASTINGS)
     kind = "rms" if casting == "torch" else f"rms_{casting}"
     return _norm("rms_norm", x, weight, None, eps, residual, dropout_p, seed, prenorm, kind, impl)
 
 
-def _check_norm(op, x, weight, bias, residual, dropout_p) -> None:
+def _check_norm(op, x, weight, bias, residual, dropout_p, eps) -> None:
     require_float(op, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise fail(op, "x", "have at least one column in its last dimension", tuple(x.shape))
@@ -269,6 +270,7 @@ def _check_norm(op, x, weight, bias, residual, dropout_p) -> None:
         require_shape(op, "residual", residual, x.shape, "of x")
         require_device(op, "residual", residual, x.device)
     require_probability(op, "dropout_p", dropout_p)
+    require_eps(op, eps)
 
 
 def _kernels_refuse(x, weight, bias, residual) -> str | None:
