@@ -8,6 +8,7 @@ No environment variable picks a kernel.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,20 +69,34 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         op: an operator of `fastlm`, by name or itself, e.g. `"attention"`.
         args, kwargs: what the call would be given; an explicit `impl` is ignored.
     """
-    if isinstance(op, str):
-        import fastlm
+    from fastlm import ops
+    from fastlm.ops.sdpa import sdpa_by
 
-        fn = getattr(fastlm.ops, op, None)
-        if fn is None:
-            names = ", ".join(sorted(fastlm.ops.__all__))
-            raise ValueError(f"explain: op must be one of {names}, got {op!r}")
-    else:
-        fn = op
+    if isinstance(op, str) and op not in operators():
+        raise ValueError(f"explain: op must be one of {', '.join(operators())}, got {op!r}")
+    fn = getattr(ops, op) if isinstance(op, str) else op
+    if fn is ops.scaled_dot_product_attention:
+        fn = sdpa_by
     try:
-        fn(*args, **{**kwargs, "impl": _Probe()})
+        if _takes_impl(fn):
+            fn(*args, **{**kwargs, "impl": _Probe()})
     except _Explained as result:
         return result.explanation
     raise ValueError(f"explain: op must be an operator that takes impl, got {op!r}")
+
+
+def _takes_impl(fn) -> bool:
+    try:
+        return "impl" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # builtins may have none
+        return False
+
+
+def operators() -> list[str]:
+    """The names of fastlm's functions, sorted; `RelativeBias` is an argument of theirs."""
+    from fastlm import ops
+
+    return sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)))
 
 
 def choose(

@@ -113,9 +113,45 @@ def test_explain_checks_like_the_call():
         fastlm.explain("layer_norm", torch.randn(2, 8), torch.randn(7))
 
 
+def test_explain_leaves_the_random_state():
+    x, ids = torch.randn(2, 8), torch.zeros(2, 3, dtype=torch.int64)
+    q, cu = x.view(1, 2, 2, 4), torch.tensor([0, 2])
+    state = torch.get_rng_state()
+    for op, *args in (
+        ("layer_norm", x), ("rms_norm", x), ("embedding", ids, x), ("attention", q, q, q),
+        ("attention_varlen", q[0], q[0], q[0], cu, cu, 2, 2),
+        ("attention_weights", q, q, torch.ones(1, 2, 2)), ("ffn", x, x, None, x.T, None),
+        ("scaled_dot_product_attention", q, q, q),
+    ):  # fmt: skip
+        fastlm.explain(op, *args, dropout_p=0.5)
+    fastlm.explain("bias_act", x, activation="relu", dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_explain_scaled_dot_product_attention(fake_gpu):
+    q = torch.randn(2, 4, 3, 8)
+    result = fastlm.explain("scaled_dot_product_attention", q, q, q, is_causal=True)
+    assert (result.op, result.chosen) == ("scaled_dot_product_attention", "triton")
+    assert result == fastlm.explain(fastlm.scaled_dot_product_attention, q, q, q, is_causal=True)
+    assert result.reasons == fastlm.explain("attention", *[q.mT.mT] * 3).reasons
+    for x in (q[:, :0], q[..., :0]):  # without heads, without columns
+        result = fastlm.explain("scaled_dot_product_attention", x, x, x)
+        assert result.chosen == "torch"
+        assert result.reasons["triton"] == (
+            "has no case for these inputs, which go to torch's own function"
+        )
+
+
 def test_explain_of_something_else():
     with pytest.raises(ValueError, match="^explain: op must be one of .*, got 'softmax'$"):
         fastlm.explain("softmax")
+    with pytest.raises(
+        ValueError, match="^explain: op must be one of attention, .*got 'RelativeBias'$"
+    ):
+        fastlm.explain("RelativeBias", torch.randn(8, 2))
+    for op in (torch.relu, fastlm.RelativeBias, torch.nn.functional.gelu):
+        with pytest.raises(ValueError, match="^explain: op must be an operator that takes impl"):
+            fastlm.explain(op, torch.randn(1))
     with pytest.raises(ValueError, match="^explain: op must be an operator that takes impl, got"):
         fastlm.explain(lambda x, impl: x, torch.randn(1))
 

@@ -438,6 +438,12 @@ EPS_ERRORS = [("1", "str"), (None, "NoneType"), (torch.tensor(1e-5), "Tensor"), 
       for eps, got in EPS_ERRORS],
     ({"dropout_p": 0.5, "seed": 1.5},
      "layer_norm: seed must be an int or an int64 tensor of one element, got float"),
+    ({"seed": "7"},  # where nothing is dropped, too
+     "layer_norm: seed must be an int or an int64 tensor of one element, got str"),
+    ({"seed": torch.zeros(2)},
+     "layer_norm: seed must be an int or an int64 tensor of one element, got torch.float32 of "
+     "shape (2,)"),
+    ({"seed": 2**64}, f"layer_norm: seed must be a 64-bit integer, got {2**64}"),
     ({"impl": "fast"},
      "layer_norm: impl must be None, 'cuda', 'triton' or 'torch', got 'fast'"),
 ])  # fmt: skip

@@ -38,5 +38,5 @@ def sample_calls(device: torch.device) -> dict[str, Callable[[], Call]]:
         "next_sentence_loss": lambda: ((rand(2, 64), ids[:, 0], rand(2, 64), rand(2)), {}),
         "rms_norm": lambda: ((rand(32, 64), rand(64)), {}),
         "rotary": lambda: ((rand(2, 16, 4, 64), rand(16, 32), rand(16, 32)), {}),
-        "scaled_dot_product_attention": lambda: (qkv(), {"causal": "top_left"}),
+        "scaled_dot_product_attention": lambda: (qkv(), {"is_causal": True}),
     }  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import inspect
 import os
 import platform
 import re
@@ -18,12 +17,11 @@ import torch
 
 import fastlm
 from fastlm import cuda_library
+from fastlm.backends import operators
 from fastlm.bench.machine import cpu_name
 from fastlm.cli._options import add_device, device_of
 from fastlm.cli._samples import sample_calls
 
-# Has torch's signature, without `impl`, and makes this call.
-_EXPLAINED_AS = {"scaled_dot_product_attention": "attention"}
 _PACKAGES = ("numpy", "safetensors", "rich", "matplotlib", "transformers")
 
 
@@ -58,18 +56,13 @@ def machine() -> list[tuple[str, str]]:
     return rows + [(name, _version(name) or "not installed") for name in _PACKAGES]
 
 
-def operators() -> list[str]:
-    """The names of fastlm's functions; `RelativeBias` is an argument of theirs."""
-    return [name for name in fastlm.ops.__all__ if inspect.isfunction(getattr(fastlm.ops, name))]
-
-
 def backends(device: torch.device) -> list[tuple[str, str, list[str]]]:
     """(operator, chosen backend, one note for every other backend) for all operators."""
     calls = sample_calls(device)
     rows = []
     for name in operators():
         args, kwargs = calls[name]()
-        explanation = fastlm.explain(_EXPLAINED_AS.get(name, name), *args, **kwargs)
+        explanation = fastlm.explain(name, *args, **kwargs)
         notes = [
             f"{impl}: {explanation.note(impl)}"
             for impl in explanation.reasons

@@ -148,7 +148,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "bias": bias,
             "dropout_p": dropout_p,
             # Drawn here, so that the weights are dropped as the output's were.
-            "seed": make_seed("MultiheadAttention", None, dropout_p, q.device),
+            "seed": make_seed(None, dropout_p, q.device),
         }
 
     def _project(self, query, key, value):

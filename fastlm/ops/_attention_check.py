@@ -11,8 +11,8 @@ from fastlm.ops._check import (
     fail,
     require_choice,
     require_device,
+    require_dropout,
     require_float,
-    require_probability,
     require_shape,
     require_tensor,
 )
@@ -98,7 +98,7 @@ def check_options(op: str, shape: tuple[int, int, int, int], device, options: di
         _require_broadcastable(op, "bias", bias, shape, device)
     check_seqlens_k(op, options["seqlens_k"], batch, device)
     _check_per_head(op, options, batch, nheads, device)
-    require_probability(op, "dropout_p", options["dropout_p"])
+    require_dropout(op, options["dropout_p"], options["seed"], device)
     for name in ("return_lse", "deterministic"):
         if not isinstance(options[name], bool):
             raise fail(op, name, "be a bool", type(options[name]).__name__, TypeError)

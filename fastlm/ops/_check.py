@@ -60,36 +60,37 @@ def require_choice(op: str, arg: str, value, allowed: tuple) -> None:
         raise fail(op, arg, f"be one of {names}", repr(value))
 
 
-def make_seed(op: str, seed, dropout_p: float, device: torch.device) -> torch.Tensor | None:
+def require_dropout(op: str, dropout_p, seed, device: torch.device) -> None:
+    """What `make_seed` takes, whether or not anything is dropped."""
+    require_probability(op, "dropout_p", dropout_p)
+    if seed is None:
+        return
+    constraint = "be an int or an int64 tensor of one element"
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise fail(op, "seed", constraint, f"{seed.dtype} of shape {tuple(seed.shape)}")
+        require_device(op, "seed", seed, device)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise fail(op, "seed", constraint, type(seed).__name__, TypeError)
+    elif not -(2**63) <= seed < 2**64:
+        raise fail(op, "seed", "be a 64-bit integer", seed)
+
+
+def make_seed(
+    seed: int | torch.Tensor | None, dropout_p: float, device: torch.device
+) -> torch.Tensor | None:
     """The dropout seed as an int64 tensor of shape () on `device`; None where nothing is dropped.
 
     None draws one from torch's generator of that device, so `torch.manual_seed` governs it, CUDA
-    graphs advance it, and no value travels to the host.
+    graphs advance it, and no value travels to the host. So it comes after `choose`, by which
+    `fastlm.explain` ends.
     """
     if dropout_p == 0.0:
         return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise fail(
-                op,
-                "seed",
-                "be an int or an int64 tensor of one element",
-                f"{seed.dtype} of shape {tuple(seed.shape)}",
-            )
-        require_device(op, "seed", seed, device)
         return seed.reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise fail(
-            op,
-            "seed",
-            "be an int or an int64 tensor of one element",
-            type(seed).__name__,
-            TypeError,
-        )
-    if not -(2**63) <= seed < 2**64:
-        raise fail(op, "seed", "be a 64-bit integer", seed)
     # Wrap unsigned values: only the 64 bits matter.
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 

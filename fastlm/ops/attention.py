@@ -90,10 +90,10 @@ def attention_as(op: str, q, k, v, impl, **options):
     """`attention` under another name for its messages."""
     check_qkv(op, q, k, v)
     check_options(op, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device, options)
-    options["seed"] = make_seed(op, options["seed"], options["dropout_p"], q.device)
     q, k, v = (_attention_kernels.last_stride_1(x) for x in to_common_dtype(q, k, v))
     leads = _attention_torch.leads(q, k, v, options)
     backend = choose(op, impl, _TORCH_FIRST if leads else BACKENDS, q.device, q, k, v, options)
+    options["seed"] = make_seed(options["seed"], options["dropout_p"], q.device)
     if backend == "torch":
         return _attention_torch.attention(q, k, v, options)
     return _attention_kernels.attention(backend, q, k, v, options)

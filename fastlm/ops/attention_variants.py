@@ -87,14 +87,14 @@ def attention_varlen(
     options = dict(
         causal=causal, window=window, softmax_scale=softmax_scale, mask=mask, bias=bias,
         seqlens_k=seqlens_k, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-        dropout_p=dropout_p, return_lse=return_lse, deterministic=deterministic,
+        dropout_p=dropout_p, seed=seed, return_lse=return_lse, deterministic=deterministic,
     )  # fmt: skip
     shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
     check_options(op, shape, q.device, options)
-    options["seed"] = make_seed(op, seed, dropout_p, q.device)
     q, k, v = (_attention_kernels.last_stride_1(x) for x in to_common_dtype(q, k, v))
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     backend = choose(op, impl, BACKENDS, q.device, q, k, v, options)
+    options["seed"] = make_seed(seed, dropout_p, q.device)
     if backend != "torch":
         return _attention_kernels.attention(backend, q, k, v, options, packing)
     with without_autocast(q.device):
@@ -215,13 +215,14 @@ def attention_weights(
     options = dict(
         causal=causal, window=window, softmax_scale=softmax_scale, mask=mask, bias=bias,
         seqlens_k=seqlens_k, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-        dropout_p=dropout_p, return_lse=False, deterministic=deterministic,
+        dropout_p=dropout_p, seed=seed, return_lse=False, deterministic=deterministic,
     )  # fmt: skip
     check_options(op, (batch, nheads, seqlen_q, k.shape[1]), q.device, options)
     del options["return_lse"]
-    options["seed"] = make_seed(op, seed, dropout_p, q.device)
     q, k = to_common_dtype(q, k)
-    if choose(op, impl, _WEIGHTS_BACKENDS, q.device, q, k, k, options) == "triton":
+    backend = choose(op, impl, _WEIGHTS_BACKENDS, q.device, q, k, k, options)
+    options["seed"] = make_seed(seed, dropout_p, q.device)
+    if backend == "triton":
         q, k = (_attention_kernels.last_stride_1(x) for x in (q, k))
         return _attention_weights.attention_weights(q, k, lse, options)
     with without_autocast(q.device):

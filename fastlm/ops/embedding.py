@@ -13,9 +13,9 @@ from fastlm.ops._check import (
     fail,
     make_seed,
     require_device,
+    require_dropout,
     require_eps,
     require_float,
-    require_probability,
     require_shape,
     require_tensor,
 )
@@ -266,14 +266,14 @@ def embedding(
             require_device(op, name, vector, ids.device)
     if norm_bias is not None and norm_weight is None:
         raise fail(op, "norm_weight", "be given with norm_bias", None)
-    require_probability(op, "dropout_p", dropout_p)
+    require_dropout(op, dropout_p, seed, ids.device)
     require_eps(op, eps)
     vocab = token_weight.shape[0]
     if padding_idx is not None:
         _check_padding(op, padding_idx, vocab)
     tables = (token_weight, position_weight, type_weight, norm_weight, norm_bias)
     backend = choose(op, impl, _BACKENDS, ids.device, tables)
-    seed = make_seed(op, seed, dropout_p, ids.device)
+    seed = make_seed(seed, dropout_p, ids.device)
     if backend == "torch":
         y = _sum(ids, positions, type_ids, *tables[:3], padding_idx, norm_weight is not None)
         if norm_weight is not None:

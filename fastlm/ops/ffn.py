@@ -11,8 +11,8 @@ from fastlm.ops._check import (
     make_seed,
     require_choice,
     require_device,
+    require_dropout,
     require_float,
-    require_probability,
     require_shape,
 )
 from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
@@ -56,10 +56,10 @@ def bias_act(
     _check_input("bias_act", "x", x)
     _check_bias("bias_act", "bias", bias, x, x.shape[-1], "(cols,)")
     require_choice("bias_act", "activation", activation, ACTIVATIONS)
-    require_probability("bias_act", "dropout_p", dropout_p)
-    seed = make_seed("bias_act", seed, dropout_p, x.device)
+    require_dropout("bias_act", dropout_p, seed, x.device)
     tensors = {"x": x, "bias": bias}
     backend = choose("bias_act", impl, _BIASED_BACKENDS, x.device, tensors)
+    seed = make_seed(seed, dropout_p, x.device)
     if backend == "torch":
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
     return apply(BiasAct, x, contiguous(bias), seed, activation, float(dropout_p), backend)
@@ -149,12 +149,11 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     _check_weight("ffn", "w2", w2, x, w1.shape[0], ("out_dim", "hidden_dim"))
     _check_bias("ffn", "b2", b2, x, w2.shape[0], "(out_dim,)")
     require_choice("ffn", "activation", activation, ACTIVATIONS)
-    require_probability("ffn", "dropout_p", dropout_p)
-    seed = make_seed("ffn", seed, dropout_p, x.device)
+    require_dropout("ffn", dropout_p, seed, x.device)
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     keep = not recompute and _trains(x, w1, b1, w2)
     dtype = _product_dtype(x)
-    library = library_has(activation, b1, seed is not None, x)
+    library = library_has(activation, b1, dropout_p > 0.0, x)
     dims = max(w1.shape[1], w2.shape[0]), w1.shape[0]
     goes = lambda backend: choose_way("ffn", way, backend, x, dtype, dims, keep, library)
     how = lambda backend: None if backend == "torch" else WAYS[goes(backend)]
@@ -162,7 +161,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     if free and (x.is_cuda or INTERPRETED) and goes("triton") == "epilogue":
         backends = _GATED_BACKENDS  # Triton first: it alone has what was faster than CUDA C++ here
     backend = choose("ffn", impl, backends, x.device, tensors, how=how)
-    x = x.to(dtype)
+    seed, x = make_seed(seed, dropout_p, x.device), x.to(dtype)
     if backend == "torch":
         recompute = recompute and not in_functorch()
         return reference.ffn(

@@ -15,9 +15,9 @@ from fastlm.ops._check import (
     make_seed,
     require_choice,
     require_device,
+    require_dropout,
     require_eps,
     require_float,
-    require_probability,
     require_shape,
 )
 from fastlm.ops._library import apply, contract, cuda_contract, unwanted
@@ -221,7 +221,7 @@ def layer_norm(
 
     Source: Ba et al., "Layer Normalization", arXiv:1607.06450.
     """
-    _check_norm("layer_norm", x, weight, bias, residual, dropout_p, eps)
+    _check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed, eps)
     return _norm(
         "layer_norm", x, weight, bias, eps, residual, dropout_p, seed, prenorm, "layer", impl
     )
@@ -250,13 +250,13 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    _check_norm("rms_norm", x, weight, None, residual, dropout_p, eps)
+    _check_norm("rms_norm", x, weight, None, residual, dropout_p, seed, eps)
     require_choice("rms_norm", "casting", casting, CASTINGS)
     kind = "rms" if casting == "torch" else f"rms_{casting}"
     return _norm("rms_norm", x, weight, None, eps, residual, dropout_p, seed, prenorm, kind, impl)
 
 
-def _check_norm(op, x, weight, bias, residual, dropout_p, eps) -> None:
+def _check_norm(op, x, weight, bias, residual, dropout_p, seed, eps) -> None:
     require_float(op, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise fail(op, "x", "have at least one column in its last dimension", tuple(x.shape))
@@ -269,7 +269,7 @@ def _check_norm(op, x, weight, bias, residual, dropout_p, eps) -> None:
         require_float(op, "residual", residual)
         require_shape(op, "residual", residual, x.shape, "of x")
         require_device(op, "residual", residual, x.device)
-    require_probability(op, "dropout_p", dropout_p)
+    require_dropout(op, dropout_p, seed, x.device)
     require_eps(op, eps)
 
 
@@ -286,8 +286,8 @@ _BACKENDS = {"triton": _kernels_refuse, "cuda": _kernels_refuse, "torch": suppor
 
 
 def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, impl):
-    seed = make_seed(op, seed, dropout_p, x.device)
     backend = choose(op, impl, _BACKENDS, x.device, x, weight, bias, residual)
+    seed = make_seed(seed, dropout_p, x.device)
     out_dtype = x.dtype
     if kind == "rms_llama" and weight is not None:
         out_dtype = torch.promote_types(x.dtype, weight.dtype)

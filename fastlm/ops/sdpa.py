@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastlm.backends import choose, supports_all
 from fastlm.ops._attention_torch import torch_sdpa
 from fastlm.ops._check import FLOATS, autocast_dtype, fail, require_tensor
 from fastlm.ops.attention import attention_as
@@ -49,13 +50,25 @@ def scaled_dot_product_attention(
         RuntimeError: attn_mask together with is_causal; value of another seqlen than key.
         RuntimeError, IndexError: dtypes and shapes that do not fit, from torch.
     """
+    return sdpa_by(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def sdpa_by(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
+    enable_gqa=False, impl=None,
+):  # fmt: skip
+    """`scaled_dot_product_attention` with an `impl`, which torch's signature has not, for
+    `fastlm.explain`."""
     _check(query, key, value, attn_mask, is_causal)
-    if all(_lacks_heads(x) for x in (query, key, value)):  # would end some versions of torch
-        return query @ key.mT @ value
     tensors = None
     if _has_kernels(query, key, value, is_causal, enable_gqa):
         tensors = _four_dims(query, key, value, enable_gqa)
     if tensors is None or not _mask_fits(attn_mask, query, *tensors[:2]):
+        choose(_OP, impl, _BY_TORCH_ALONE, query.device)
+        if all(_lacks_heads(x) for x in (query, key, value)):  # would end some versions of torch
+            return query @ key.mT @ value
         return torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -65,7 +78,7 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask[:, None]
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
     out = attention_as(
-        _OP, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None,
+        _OP, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), impl,
         causal="top_left" if is_causal else False, window=None, softmax_scale=scale,
         mask=None if additive else attn_mask, bias=attn_mask if additive else None,
         seqlens_k=None, alibi_slopes=None, softcap=None, sinks=None, dropout_p=dropout_p,
@@ -73,6 +86,10 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     out = out.transpose(1, 2)
     return out if dims == 4 else out.squeeze(1) if dims == 3 else out[0, 0]
+
+
+_by_torch_alone = lambda: "has no case for these inputs, which go to torch's own function"
+_BY_TORCH_ALONE = {"torch": supports_all, "triton": _by_torch_alone, "cuda": _by_torch_alone}
 
 
 def _check(query, key, value, attn_mask, is_causal) -> None:

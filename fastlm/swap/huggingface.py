@@ -116,7 +116,7 @@ def attention_forward(
         "softcap": softcap,
         "sinks": s_aux,
         "dropout_p": dropout,
-        "seed": make_seed("attention", None, dropout, query.device),
+        "seed": make_seed(None, dropout, query.device),
     }
     if not output_attentions:
         return attention(q, k, v, **options), None
