@@ -118,23 +118,33 @@ def choose(
         how: for `explain`, the way that a backend would go.
     """
     if impl is None:
-        for name, reason in backends.items():
-            if _unavailable(name, device) is None and reason(*call) is None:
-                return name
-        raise AssertionError(f"{op}: the torch backend refuses no call")
+        return _first_that_takes(backends, device, call)
     if isinstance(impl, _Probe):
         raise _Explained(_explanation(op, backends, device, call, how))
     if impl not in _IMPLS:
         raise ValueError(f"{op}: impl must be None, 'cuda', 'triton' or 'torch', got {impl!r}")
     if impl not in backends:
-        raise NotImplementedError(f"{op}: {_absent(op, impl)}; use impl='torch'")
+        raise NotImplementedError(f"{op}: {_absent(op, impl)}; {_instead(backends, device, call)}")
     missing = None if _emulated(impl, device) else _unavailable(impl, device)
     if missing is not None:
         raise RuntimeError(f"{op}: impl must be available, got {impl!r}: {missing}")
     lacking = backends[impl](*call)
     if lacking is not None:
-        raise NotImplementedError(f"{op}: impl={impl!r} {lacking}; use impl='torch'")
+        raise NotImplementedError(
+            f"{op}: impl={impl!r} {lacking}; {_instead(backends, device, call)}"
+        )
     return impl
+
+
+def _first_that_takes(backends, device, call) -> Impl:
+    for name, reason in backends.items():
+        if _unavailable(name, device) is None and reason(*call) is None:
+            return name
+    raise AssertionError("the torch backend refuses no call")
+
+
+def _instead(backends, device, call) -> str:
+    return f"use impl={_first_that_takes(backends, device, call)!r}"
 
 
 def supports_all(*_) -> None:

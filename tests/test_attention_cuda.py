@@ -293,7 +293,8 @@ def test_attention_cuda_refusals(what, impl, device):
         pytest.skip("moving it to a GPU changes what is refused")
     with pytest.raises(NotImplementedError) as error:
         fastlm.attention(**inputs, impl=impl)
-    assert str(error.value) == f"attention: impl='cuda' {message}; use impl='torch'"
+    other = fastlm.explain("attention", **inputs).chosen
+    assert str(error.value) == f"attention: impl='cuda' {message}; use impl={other!r}"
 
 
 @pytest.mark.parametrize("impl", ["cuda"])

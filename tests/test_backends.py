@@ -43,6 +43,17 @@ def test_explicit_impl_never_falls_back(fake_gpu):
         choose("op", "triton", TABLE, GPU, 3)
 
 
+def test_refusals_name_the_backend_that_takes_the_call(fake_gpu):
+    table = {"triton": refuses_odd, "cuda": lambda n: "is busy", "torch": supports_all}
+    for n, other in ((2, "triton"), (3, "torch")):
+        message = f"op: impl='cuda' is busy; use impl='{other}'"
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+            choose("op", "cuda", table, GPU, n)
+        message = f"op: fastlm has no cuda kernel for op; use impl='{other}'"
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+            choose("op", "cuda", TABLE, GPU, n)
+
+
 def test_impl_without_a_kernel():
     message = "op: fastlm has no cuda kernel for op; use impl='torch'"
     with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):

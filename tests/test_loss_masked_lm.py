@@ -323,6 +323,9 @@ HEAD = {"hidden": torch.ones(2, 4), "labels": LABELS, "dense_weight": torch.ones
         "decoder_weight": torch.ones(8, 3)}  # fmt: skip
 
 
+FIRST = "triton" if torch.cuda.is_available() else "torch"  # of the backends
+
+
 @pytest.mark.parametrize("change,message", [
     ({"hidden": LABELS}, "hidden must have a floating-point dtype, got torch.int64"),
     ({"hidden": torch.ones(())}, "hidden must have shape (..., dim), got ()"),
@@ -342,7 +345,7 @@ HEAD = {"hidden": torch.ones(2, 4), "labels": LABELS, "dense_weight": torch.ones
     ({"eps": -1e-5}, "eps must be a number of at least 0, got -1e-05"),
     ({"eps": None}, "eps must be a number of at least 0, got NoneType"),
     ({"reduction": "max"}, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
-    ({"impl": "cuda"}, "fastlm has no cuda kernel for masked_lm_loss; use impl='torch'"),
+    ({"impl": "cuda"}, f"fastlm has no cuda kernel for masked_lm_loss; use impl='{FIRST}'"),
     ({"dense_weight": torch.ones(8200, 4), "dense_bias": torch.ones(8200),
       "norm_weight": torch.ones(8200), "norm_bias": torch.ones(8200),
       "decoder_weight": torch.ones(2, 8200), "impl": "triton"},
