@@ -372,8 +372,42 @@ def test_masked_lm_errors(change, message, device):
     ({"bias": torch.ones(3)}, "bias must have shape (classes,) = (2,), got (3,)"),
     ({"labels": torch.zeros(3, dtype=torch.int64)},
      "labels must have shape (batch,) = (2,), got (3,)"),
+    ({"labels": LABELS.float()},
+     "labels must have dtype torch.int64 or torch.int32, got torch.float32"),
+    ({"labels": [0, 1]}, "labels must be a tensor, got list"),
+    ({"reduction": "max"}, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
+    ({"label_smoothing": 2}, "label_smoothing must be a number from 0 to 1, got 2"),
+    ({"ignore_index": "a"}, "ignore_index must be an int, got str"),
+    ({"impl": "x"}, "impl must be None, 'cuda', 'triton' or 'torch', got 'x'"),
+    ({"impl": "cuda"}, "fastlm has no cuda kernel for next_sentence_loss; use impl='torch'"),
 ])  # fmt: skip
 def test_next_sentence_errors(change, message):
     call = {"hidden": torch.ones(2, 4), "labels": LABELS, "weight": torch.ones(2, 4)}
-    with pytest.raises((TypeError, ValueError), match=re.escape(f"next_sentence_loss: {message}")):
+    errors = (TypeError, ValueError, NotImplementedError)
+    with pytest.raises(errors, match=re.escape(f"next_sentence_loss: {message}")):
         fastlm.next_sentence_loss(**{**call, **change})
+
+
+def test_next_sentence_computes_nothing_before_its_checks(monkeypatch):
+    never = lambda *args: pytest.fail("computed")
+    monkeypatch.setattr(torch.nn.functional, "linear", never)
+    with pytest.raises(ValueError, match="^next_sentence_loss: reduction must be"):
+        fastlm.next_sentence_loss(torch.ones(2, 4), LABELS, torch.ones(2, 4), reduction="x")
+    assert (
+        fastlm.explain("next_sentence_loss", torch.ones(2, 4), LABELS, torch.ones(2, 4)).op
+        == "next_sentence_loss"
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("outside", [-1, 8])
+def test_label_outside_raises_on_cpu(outside, reduction):
+    labels = torch.tensor([-100, outside])
+    for options in ({}, {"z_loss": 0.1}):  # two ways through the logits
+        message = f"^masked_lm_loss: labels must be ignore_index or from 0 to 7, got {outside}$"
+        with pytest.raises(IndexError, match=message):
+            fastlm.masked_lm_loss(**{**HEAD, "labels": labels}, reduction=reduction, **options)
+    message = f"^next_sentence_loss: labels must be ignore_index or from 0 to 1, got {outside}$"
+    with pytest.raises(IndexError, match=message):
+        fastlm.next_sentence_loss(torch.ones(2, 4), labels, torch.ones(2, 4), reduction=reduction)

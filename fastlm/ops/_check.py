@@ -60,6 +60,24 @@ def require_choice(op: str, arg: str, value, allowed: tuple) -> None:
         raise fail(op, arg, f"be one of {names}", repr(value))
 
 
+def require_classes(op: str, arg: str, target: torch.Tensor, ignore_index: int, vocab: int) -> None:
+    """On a CPU alone: it reads them."""
+    kept = target[target != ignore_index]
+    _require_inside(op, arg, kept, vocab, "be ignore_index or")
+
+
+def require_rows(op: str, arg: str, index: torch.Tensor, rows: int) -> None:
+    """On a CPU alone: it reads them. Called where torch has raised, whose message names nothing."""
+    _require_inside(op, arg, index, rows, "be")
+
+
+def _require_inside(op, arg, index, size, constraint) -> None:
+    outside = index[(index < 0) | (index >= size)]
+    if outside.numel():
+        constraint += f" from 0 to {size - 1}"
+        raise fail(op, arg, constraint, outside[0].item(), IndexError)
+
+
 def require_dropout(op: str, dropout_p, seed, device: torch.device) -> None:
     """What `make_seed` takes, whether or not anything is dropped."""
     require_probability(op, "dropout_p", dropout_p)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastlm.ops._check import fail
+from fastlm.ops._check import require_classes
 from fastlm.ops._library import contract
 
 # Logits of one chunk: 32 MB of fp32 stay near the caches of a CPU, 512 MB fill a GPU. A chunk has
@@ -162,15 +162,8 @@ def _kept_rows(target, ignore_index, vocab, linear) -> torch.Tensor | None:
         return None
     kept = (target != ignore_index).nonzero().squeeze(1)
     op = "linear_cross_entropy" if linear else "cross_entropy"
-    require_classes(op, target[kept], ignore_index, vocab)
+    require_classes(op, "target", target[kept], ignore_index, vocab)
     return kept if len(kept) < target.shape[0] else None
-
-
-def require_classes(op: str, target: torch.Tensor, ignore_index: int, vocab: int) -> None:
-    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    if outside.any():
-        constraint = f"be ignore_index or from 0 to {vocab - 1}"
-        raise fail(op, "target", constraint, target[outside][0].item(), IndexError)
 
 
 def _chunk_rows(device: torch.device, vocab: int, linear: bool) -> int:

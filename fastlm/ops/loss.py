@@ -12,13 +12,13 @@ from fastlm.ops._check import (
     autocast_dtype,
     fail,
     require_choice,
+    require_classes,
     require_device,
     require_float,
     require_probability,
     require_shape,
     require_tensor,
 )
-from fastlm.ops._chunked_loss import require_classes
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
@@ -359,7 +359,7 @@ def _torch_cross_entropy(
         loss = _torch_loss(flat.to(acc), y.long(), class_weight, reduction, **options)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # which has read the targets
-            require_classes(op, y, ignore_index, logits.shape[-1])
+            require_classes(op, "target", y, ignore_index, logits.shape[-1])
         raise
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 

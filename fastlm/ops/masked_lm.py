@@ -10,11 +10,11 @@ from fastlm.ops._check import (
     autocast_dtype,
     fail,
     require_choice,
+    require_classes,
     require_device,
     require_eps,
     require_float,
     require_shape,
-    require_tensor,
     without_autocast,
 )
 from fastlm.ops._library import apply, contract
@@ -283,11 +283,16 @@ def _torch_masked_lm(x, labels, parameters, dtype, activation, eps, options):
     with without_autocast(x.device):
         h = F.linear(x.to(dtype), dense_weight.to(dtype), dense_bias.to(dtype))
         h = layer_norm(FUNCTIONS[activation](h), norm_weight, norm_bias, eps=eps, impl="torch")
-    # Under autocast this returns fp32.
-    loss = linear_cross_entropy(
-        h, decoder_weight.to(dtype), labels, impl="torch", **options,
-        bias=None if decoder_bias is None else decoder_bias.to(dtype),
-    )  # fmt: skip
+    bias = None if decoder_bias is None else decoder_bias.to(dtype)
+    try:  # under autocast this returns fp32
+        loss = linear_cross_entropy(
+            h, decoder_weight.to(dtype), labels, bias=bias, impl="torch", **options
+        )
+    except IndexError:  # of a target, as it is called there
+        require_classes(
+            "masked_lm_loss", "labels", labels, options["ignore_index"], decoder_weight.shape[0]
+        )
+        raise
     if gathers and reduction == "none":
         loss = loss.new_zeros(masked.shape).index_put((index,), loss)
     return loss
@@ -335,8 +340,10 @@ def next_sentence_loss(
     given = {"weight": weight, "bias": bias, "pooler_weight": pooler_weight,
              "pooler_bias": pooler_bias}  # fmt: skip
     _check_sentence(op, hidden, given)
-    require_tensor(op, "labels", labels)
-    require_shape(op, "labels", labels, hidden.shape[:1], "(batch,)")
+    check_loss(op, hidden if pooler_weight is None else hidden[:, 0], "(batch,)", labels,
+               weight.shape[0], None, reduction, ignore_index, label_smoothing, 0.0, None,
+               target_name="labels")  # fmt: skip
+    backend = choose(op, impl, _SENTENCE_BACKENDS, hidden.device, hidden, given)
     dtype, _ = _dtypes(hidden, *given.values())
     with without_autocast(hidden.device):
         linear = lambda x, w, b: F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
@@ -344,10 +351,14 @@ def next_sentence_loss(
         if pooler_weight is not None:
             pooled = torch.tanh(linear(hidden[:, 0].to(dtype), pooler_weight, pooler_bias))
         logits = linear(pooled.to(dtype), weight, bias)
-    return cross_entropy(  # fp32 under autocast
-        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
-        reduction=reduction, impl=impl,
-    )  # fmt: skip
+    try:
+        return cross_entropy(  # fp32 under autocast
+            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            reduction=reduction, impl=backend,
+        )  # fmt: skip
+    except IndexError:  # of a target, as it is called there
+        require_classes(op, "labels", labels, ignore_index, weight.shape[0])
+        raise
 
 
 def _check_head(op: str, hidden, parameters) -> None:
@@ -410,15 +421,22 @@ def _dtypes(*tensors) -> tuple[torch.dtype, torch.dtype]:
     return lower, torch.float32
 
 
-def _triton_refuses(hidden, parameters) -> str | None:
+def _sentence_triton_refuses(hidden, parameters) -> str | None:
     for name, t in {"hidden": hidden, **parameters}.items():
         if t is not None and t.dtype == torch.float64:
             return f"computes in fp32 and does not take a float64 {name}"
+    return TRANSFORM_REFUSAL if in_transform() else None
+
+
+def _triton_refuses(hidden, parameters) -> str | None:
+    if refused := _sentence_triton_refuses(hidden, parameters):
+        return refused
     width = parameters["dense_weight"].shape[0]
     if width > _WIDEST:
         return f"is written for widths up to {_WIDEST}, and has no kernel for {width}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return None
 
 
 # Triton first: on a GPU torch would compute the rows without a label too.
 _BACKENDS = {"triton": _triton_refuses, "torch": supports_all}
+_SENTENCE_BACKENDS = {"triton": _sentence_triton_refuses, "torch": supports_all}
