@@ -494,9 +494,12 @@ def test_embedding_compiles_fullgraph(dynamic, impl, device):
 @pytest.mark.parametrize("name", ["ids", "positions", "type_ids"])
 def test_embedding_index_outside_raises_on_cpu(name):
     inputs = embedding_inputs(torch.float32, "cpu")
-    inputs[name][0, 0] = 9
-    with pytest.raises(IndexError, match="out of range"):
-        fastlm.embedding(**inputs)
+    table = {"ids": "token_weight", "positions": "position_weight", "type_ids": "type_weight"}[name]
+    for bad in (-1, len(inputs[table])):
+        inputs[name][1, 2] = bad
+        message = f"^embedding: {name} must be from 0 to {len(inputs[table]) - 1}, got {bad}$"
+        with pytest.raises(IndexError, match=message):
+            fastlm.embedding(**inputs)
 
 
 @pytest.mark.interpreter

@@ -429,8 +429,13 @@ def test_rotary_position_outside_is_nan(bad, impl, device):
 @pytest.mark.parametrize("outside", [11, -1])
 def test_rotary_position_outside_raises_on_cpu(outside):
     inputs = rotary_inputs(torch.float32, "cpu")
-    with pytest.raises(IndexError, match="out of range|out of bounds"):
-        fastlm.rotary(**inputs, positions=torch.full((SEQLEN,), outside))
+    last = len(inputs["cos"]) - 1
+    positions = torch.tensor([0] * (SEQLEN - 1) + [outside])
+    for trained in (False, True):
+        inputs["cos"].requires_grad_(trained)
+        message = f"^rotary: positions must be from 0 to {last}, got {outside}$"
+        with pytest.raises(IndexError, match=message):
+            fastlm.rotary(**inputs, positions=positions)
 
 
 X, TABLE = torch.ones(2, 5, 3, 8), torch.ones(6, 4)

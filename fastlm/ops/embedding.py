@@ -16,6 +16,7 @@ from fastlm.ops._check import (
     require_dropout,
     require_eps,
     require_float,
+    require_rows,
     require_shape,
     require_tensor,
 )
@@ -275,7 +276,7 @@ def embedding(
     backend = choose(op, impl, _BACKENDS, ids.device, tables)
     seed = make_seed(seed, dropout_p, ids.device)
     if backend == "torch":
-        y = _sum(ids, positions, type_ids, *tables[:3], padding_idx, norm_weight is not None)
+        y = _torch_sum(ids, positions, type_ids, *tables[:3], padding_idx, norm_weight is not None)
         if norm_weight is not None:
             y = _normalized(y, norm_weight, norm_bias, eps)
         return dropout_rows(y, dropout_p, seed).to(token_weight.dtype)
@@ -285,6 +286,21 @@ def embedding(
         padding_idx,
     )  # fmt: skip
     return y
+
+
+def _torch_sum(ids, positions, type_ids, token_weight, position_weight, type_weight, *options):
+    try:
+        return _sum(ids, positions, type_ids, token_weight, position_weight, type_weight, *options)
+    except IndexError:
+        if in_plain_eager():
+            for name, index, table in (
+                ("ids", ids, token_weight),
+                ("positions", positions, position_weight),
+                ("type_ids", type_ids, type_weight),
+            ):
+                if index is not None:
+                    require_rows("embedding", name, index, table.shape[0])
+        raise
 
 
 def _sum(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from fastlm.backends import Impl, choose, supports_all
-from fastlm.ops._check import fail, require_device, require_float, require_tensor
+from fastlm.ops._check import (
+    fail,
+    require_device,
+    require_float,
+    require_rows,
+    require_tensor,
+)
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import in_shape
 from fastlm.ops._transforms import (
@@ -212,7 +218,12 @@ def rotary(
     """
     _check_rotary(x, cos, sin, positions)
     if choose("rotary", impl, _BACKENDS, x.device, x, cos, sin) == "torch":
-        return _torch_rotary(x, cos, sin, positions, interleaved)
+        try:
+            return _torch_rotary(x, cos, sin, positions, interleaved)
+        except IndexError:
+            if positions is not None and in_plain_eager():
+                require_rows("rotary", "positions", positions, cos.shape[0])
+            raise
     return apply(_Rotary, x, cos, sin, positions, interleaved)
 
 
