@@ -197,6 +197,23 @@ def test_linear_cross_entropy_empty_batch(shape, impl, device):
         assert dx.shape == shape and not loss.any() and not dweight.any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_without_features(reduction, impl, device):
+    """Logits are the bias alone."""
+    x, weight = torch.ones(2, 3, 0, device=device), torch.ones(5, 0, device=device)
+    bias, target = randn(5, device=device), torch.tensor([[0, -100, 2], [1, 3, 4]], device=device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    loss = fastlm.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, impl=impl)
+    logits = bias.expand(2, 3, 5)
+    same = reference.cross_entropy(logits, target, reduction=reduction)
+    gold = reference.cross_entropy(logits.double(), target, reduction=reduction)
+    assert_close("loss", loss, same, gold)
+    *empty, dbias = torch.autograd.grad(loss.sum(), leaves)
+    assert [g.shape for g in empty] == [x.shape, weight.shape]
+    assert_close("dbias", dbias, *(torch.autograd.grad(y.sum(), bias)[0] for y in (same, gold)))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("outside", [-1, 9])
 def test_linear_cross_entropy_target_outside_raises_on_cpu(outside):

@@ -399,6 +399,18 @@ def test_next_sentence_computes_nothing_before_its_checks(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masked_lm_without_features(impl, device):
+    """Hidden states of no column: what the biases make of them."""
+    call = {n: x.to(device).clone() for n, x in HEAD.items()}
+    call |= {"hidden": call["hidden"][:, :0], "dense_weight": call["dense_weight"][:, :0]}
+    leaves = [x.requires_grad_() for x in call.values() if x.is_floating_point()]
+    loss = fastlm.masked_lm_loss(**call, impl=impl)
+    assert loss.shape == () and loss.isfinite()
+    grads = torch.autograd.grad(loss, leaves)
+    assert [g.shape for g in grads] == [x.shape for x in leaves]
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("outside", [-1, 8])

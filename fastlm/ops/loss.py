@@ -255,6 +255,8 @@ def linear_cross_entropy(
                 *options)  # fmt: skip
     backend = choose(op, impl, _LINEAR_BACKENDS, x.device, x, weight, bias, class_weight)
     dtype, out_dtype = _linear_dtypes(x, weight, bias)
+    if backend == "triton" and x.shape[-1] == 0:  # whose kernels have no grid for it
+        x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (x, weight, bias))
     options = as_numbers(*options)
@@ -270,8 +272,9 @@ def linear_cross_entropy(
         return _torch_cross_entropy(
             op, logits, target, class_weight, *options, reduction, out_dtype
         )
-    flat = x.reshape(-1, x.shape[-1]), weight, contiguous(bias), target.reshape(-1), class_weight
-    loss, *_ = apply(LinearCrossEntropy, *flat, dtype, options, reduction, need, backend)
+    x, y = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
+    inputs = x, weight, contiguous(bias), y, class_weight
+    loss, *_ = apply(LinearCrossEntropy, *inputs, dtype, options, reduction, need, backend)
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 

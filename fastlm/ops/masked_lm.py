@@ -236,7 +236,7 @@ def masked_lm_loss(
     dtype, out_dtype = _dtypes(hidden, *parameters.values())
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
                "softcap": softcap, "reduction": reduction}  # fmt: skip
-    x, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    x, flat = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     if backend == "torch":
         loss = _torch_masked_lm(x, flat, parameters, dtype, activation, eps, options)
     else:
