@@ -197,6 +197,21 @@ def test_linear_cross_entropy_empty_batch(shape, impl, device):
         assert dx.shape == shape and not loss.any() and not dweight.any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_autocast_in_transforms(reduction, device):
+    """The products in autocast's dtype and the loss in fp32, there as well."""
+    inputs = head_inputs(6, 9, 4, torch.float32, device)
+    x = inputs.pop("x")
+    with torch.autocast(device, dtype=torch.bfloat16):
+        run = lambda x: fastlm.linear_cross_entropy(x, **inputs, reduction=reduction, impl="torch")
+        batched = torch.func.vmap(run)(torch.stack([x, -x]))
+        value, tangent = torch.func.jvp(run, (x,), (x,))
+        expected = torch.stack([run(x), run(-x)])
+    assert {t.dtype for t in (batched, value, tangent, expected)} == {torch.float32}
+    assert_close("vmap", batched, expected, expected.double())
+    assert_close("jvp", value, expected[0], expected[0].double())
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_linear_cross_entropy_without_features(reduction, impl, device):

@@ -264,6 +264,7 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             x, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
+            out_dtype=out_dtype,
         )  # fmt: skip
     if backend == "torch" and _is_small_head(
         x, weight, bias, target, class_weight, dtype, *options

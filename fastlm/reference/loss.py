@@ -68,11 +68,12 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, target)`.
 
     x is (..., dim), weight (vocab, dim), bias (vocab,). The product is taken in the widest dtype of
-    the three, which is also the result's.
+    the three, or autocast's, which is also the default of `out_dtype`, the result's.
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if bias is not None:
@@ -88,6 +89,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
         reduction=reduction,
+        out_dtype=out_dtype,
     )
 
 
