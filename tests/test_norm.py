@@ -417,6 +417,23 @@ def test_norm_rows_past_int32_offsets(impl, device):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_norm_of_frozen_inputs_has_a_frozen_sum(compiles, impl, device):
+    """z depends on x and residual alone, y on the weight too."""
+    inputs = norm_inputs("layer_norm", 3, 8, torch.float32, device, residual=True)
+    run = lambda **kw: fastlm.layer_norm(**kw, prenorm=True, impl=impl)
+    if compiles:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for trained in ("weight", "residual", "x"):
+        leaves = {n: t.detach().requires_grad_(n == trained) for n, t in inputs.items()}
+        y, z = run(**leaves)
+        assert y.requires_grad and z.requires_grad == (trained != "weight")
+        (y + z).sum().backward()
+        assert leaves[trained].grad is not None
+
+
 EPS_ERRORS = [("1", "str"), (None, "NoneType"), (torch.tensor(1e-5), "Tensor"), (True, "bool"),
               (-1e-5, "-1e-05"), (float("nan"), "nan")]  # fmt: skip
 

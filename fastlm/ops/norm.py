@@ -124,7 +124,10 @@ class _Norm(torch.autograd.Function):
         ctx.eps, ctx.dropout_p, ctx.kind, ctx.out_dtype, _ = options
         _, mean, rstd, *z = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([rstd] if mean is None else [mean, rstd]))
+        constants = [rstd] if mean is None else [mean, rstd]
+        if not any(ctx.needs_input_grad[:2]):  # z depends on x and residual alone
+            constants += z
+        ctx.mark_non_differentiable(*constants)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
         ctx.save_for_backward(z[0] if z else x, weight, bias, mean, rstd, seed)
 
