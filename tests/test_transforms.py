@@ -214,6 +214,51 @@ def test_compiles_fullgraph_where_nothing_takes_a_gradient(name, impl, device):
     assert_close("total", compiled(), fn(), gold)
 
 
+# Calls that are given one tensor twice.
+TWICE = {
+    "attention": lambda x, w, impl: fastlm.attention(*[x[:, :, None]] * 3, impl=impl),
+    "glu": lambda x, w, impl: fastlm.glu(x, x, impl=impl),
+    "layer_norm": lambda x, w, impl: fastlm.layer_norm(x, residual=x, impl=impl),
+    "rms_norm": lambda x, w, impl: fastlm.rms_norm(x, residual=x, prenorm=True, impl=impl)[0],
+    "ffn": lambda x, w, impl: fastlm.ffn(x, w, w[0], w, w[0], impl=impl),
+    "gated_ffn": lambda x, w, impl: fastlm.gated_ffn(x, w, w, w, impl=impl),
+    "embedding": lambda x, w, impl: fastlm.embedding(
+        IDS.to(w.device),
+        w,
+        position_weight=w,
+        type_weight=w,
+        norm_weight=w[1],
+        norm_bias=w[1],
+        impl=impl,
+    ),
+    "rotary": lambda x, w, impl: fastlm.rotary(x[:, :, None], w[:, :4], w[:, :4], impl=impl),
+    "linear_cross_entropy": lambda x, w, impl: fastlm.linear_cross_entropy(
+        w, w, w.new_tensor([0, 1, 2, 3, 4, 5, -100, 6]).long(), impl=impl
+    ),
+}
+IDS = torch.tensor([[0, 2, 2, 7, 1]])
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("name", TWICE)
+def test_compiles_fullgraph_where_one_tensor_comes_twice(name, impl, device):
+    x = X.to(device, copy=True).requires_grad_()
+    w = randn(8, 8, device=device, seed=40).requires_grad_()
+
+    def gradients(fn):
+        y = fn(x, w, impl)
+        leaves = [t for t in (x, w) if name not in ("attention", "glu", "rms_norm") or t is x]
+        return y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+
+    expected = gradients(TWICE[name])
+    torch._dynamo.reset()
+    actual = gradients(torch.compile(TWICE[name], fullgraph=True, backend="aot_eager"))
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if e is not None:
+            assert_close(name, a, e, e.double())
+
+
 @pytest.mark.parametrize("name,impl", [c for c in CALLS if c[1] != "torch"])
 def test_first_gradients_are_the_kernels_with_a_graph_too(name, impl, device):
     tensors, options = moved(name, device)

@@ -105,7 +105,9 @@ def in_eager(args: Iterable) -> bool:
 def apply(function: type[torch.autograd.Function], *inputs):
     """`function.apply(*inputs)`, which binds its inputs to a signature by `inspect` at each call,
     without that, and without autograd where no input wants a gradient."""
-    if is_compiling() or _are_functorch_transforms_active():
+    if is_compiling():
+        return function.apply(*_distinct(inputs))
+    if _are_functorch_transforms_active():
         return function.apply(*inputs)
     wanted = False
     for x in inputs:
@@ -116,6 +118,15 @@ def apply(function: type[torch.autograd.Function], *inputs):
     if wanted and torch.is_grad_enabled():
         return super(torch.autograd.Function, function).apply(*inputs)
     return function.forward(*inputs)
+
+
+def _distinct(inputs: tuple) -> list:
+    """An alias for a tensor that comes again: Dynamo traces no function that is given one twice."""
+    distinct = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if again else x)
+    return distinct
 
 
 def unwanted(like: torch.Tensor) -> torch.Tensor:
