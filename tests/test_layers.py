@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -241,6 +242,73 @@ def test_gated_feed_forward_calls_what_replaces_linear():
     expected = layer(x)
     layer.down_proj.register_forward_hook(lambda module, inputs, output: output * 2)
     assert_close("hook", layer(x), expected * 2, expected.double() * 2)
+
+
+def children_to_call(name):
+    """A layer, its inputs, and its children that torch.nn's layer of that name calls."""
+    x = randn(5, 2, 12)
+    if name == "FeedForward":
+        return layers.FeedForward(12, 20, 0.5), (x,), ("linear1", "linear2", "dropout")
+    if name == "GatedFeedForward":
+        return layers.GatedFeedForward(12, 20), (x,), ("gate_proj", "up_proj", "down_proj")
+    base, _, first = name.partition("_")
+    layer = getattr(layers, base)(12, 3, 20, 0.5, norm_first=first == "first")
+    inputs = (x,) if "Encoder" in base else (x, x)
+    return layer, inputs, [n for n, m in layer.named_children() if "attn" not in n]
+
+
+BLOCKS = ("TransformerEncoderLayer", "TransformerEncoderLayer_first", "TransformerDecoderLayer",
+          "TransformerDecoderLayer_first")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["FeedForward", "GatedFeedForward", *BLOCKS])
+def test_layers_call_children_with_a_forward_of_their_own(name):
+    """As offloading sets it, on the instance."""
+    layer, inputs, children = children_to_call(name)
+    for child in children:
+        module = getattr(layer, child)
+        module.forward = Mock(side_effect=module.forward)
+        layer(*inputs)
+        assert module.forward.call_count == 1, child
+        del module.forward
+
+
+@pytest.mark.parametrize("name", ["FeedForward", "GatedFeedForward", *BLOCKS])
+def test_layers_call_what_hooks_of_all_modules_watch(name):
+    layer, inputs, children = children_to_call(name)
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        hook = Mock(return_value=None)
+        handle = register(hook)
+        try:
+            layer(*inputs)
+        finally:
+            handle.remove()
+        seen = {call.args[0] for call in hook.call_args_list}
+        assert {getattr(layer, child) for child in children} <= seen
+
+
+def test_layers_call_dropouts_of_other_kinds():
+    class Never(nn.Dropout):
+        def forward(self, x):
+            return 0 * x
+
+    x = randn(2, 8)
+    layer = layers.FeedForward(8, 20, dropout=0.5)
+    for other in (nn.AlphaDropout(0.5), Never(0.5)):
+        layer.dropout = other
+        torch.manual_seed(0)
+        actual = layer(x)
+        torch.manual_seed(0)
+        expected = layer.linear2(other(F.gelu(layer.linear1(x))))
+        assert_close("dropout", actual, expected, expected.double())
+    block = layers.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    block.dropout1 = block.dropout2 = nn.Dropout(1.0)
+    expected = block(x[None])
+    block.dropout1 = block.dropout2 = Never(0.0)
+    assert_close("block", block(x[None]), expected, expected.double())
 
 
 def test_activation_names():

@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -351,6 +352,21 @@ def test_hooks_on_norms_of_a_layer_are_called():
     torch.testing.assert_close(layer(x_of()), reference(x_of()))
     assert [len(args) for args in seen] == [1, 1]  # the sum, as torch passes it
     torch.testing.assert_close(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2", "dropout", "dropout1", "norm1", "norm2"])
+def test_forwards_set_on_children_of_a_layer_are_called(name):
+    """As offloading sets them, after the swap and before it."""
+    for swaps_first in (True, False):
+        layer = encoder_layer()
+        if swaps_first:
+            swap(layer)
+        child = getattr(layer, name)
+        child.forward = Mock(side_effect=child.forward)
+        if not swaps_first:
+            swap(layer)
+        layer(x_of())
+        assert child.forward.call_count == 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.backends import Impl
+from fastlm.layers._modules import add_norm
 from fastlm.layers.attention import MultiheadAttention
-from fastlm.layers.ffn import Activation, check_activation, dropout_rate, feed_forward
+from fastlm.layers.ffn import Activation, check_activation, feed_forward
 from fastlm.layers.norm import LayerNorm
 
 
@@ -81,12 +82,12 @@ class TransformerEncoderLayer(nn.Module):
                 `is_causal` of `MultiheadAttention`.
         """
         masks = src_mask, src_key_padding_mask, is_causal
-        p1, p2 = dropout_rate(self.dropout1), dropout_rate(self.dropout2)
         if not self.norm_first:
-            x = self.norm1(_attend(self.self_attn, src, None, *masks), src, dropout_p=p1)
-            return self.norm2(self._feed_forward(x), x, dropout_p=p2)
+            x = _attend(self.self_attn, src, None, *masks)
+            x = add_norm(self.norm1, self.dropout1, x, src)
+            return add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
         x = _attend(self.self_attn, self.norm1(src), None, *masks)
-        y, x = self.norm2(x, src, dropout_p=p1, prenorm=True)
+        y, x = add_norm(self.norm2, self.dropout1, x, src, prenorm=True)
         return x + self.dropout2(self._feed_forward(y))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,16 +160,16 @@ class TransformerDecoderLayer(nn.Module):
         """
         masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         memory_masks = memory_mask, memory_key_padding_mask, memory_is_causal
-        p1, p2, p3 = map(dropout_rate, (self.dropout1, self.dropout2, self.dropout3))
         if not self.norm_first:
-            x = self.norm1(_attend(self.self_attn, tgt, None, *masks), tgt, dropout_p=p1)
+            attended = _attend(self.self_attn, tgt, None, *masks)
+            x = add_norm(self.norm1, self.dropout1, attended, tgt)
             attended = _attend(self.multihead_attn, x, memory, *memory_masks)
-            x = self.norm2(attended, x, dropout_p=p2)
-            return self.norm3(self._feed_forward(x), x, dropout_p=p3)
+            x = add_norm(self.norm2, self.dropout2, attended, x)
+            return add_norm(self.norm3, self.dropout3, self._feed_forward(x), x)
         attended = _attend(self.self_attn, self.norm1(tgt), None, *masks)
-        y, x = self.norm2(attended, tgt, dropout_p=p1, prenorm=True)
+        y, x = add_norm(self.norm2, self.dropout1, attended, tgt, prenorm=True)
         attended = _attend(self.multihead_attn, y, memory, *memory_masks)
-        y, x = self.norm3(attended, x, dropout_p=p2, prenorm=True)
+        y, x = add_norm(self.norm3, self.dropout2, attended, x, prenorm=True)
         return x + self.dropout3(self._feed_forward(y))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.backends import Impl
+from fastlm.layers._modules import dropout_rate, is_plain
 from fastlm.ops._check import fail, require_choice
 from fastlm.ops.ffn import ACTIVATIONS, bias_act, ffn, gated_ffn, glu
 
@@ -109,7 +110,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x and the result: (*, embed_dim)."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
-        if not all(_is_plain(linear, nn.Linear) for linear in projections):
+        if not all(is_plain(linear, nn.Linear) for linear in projections):
             gate, up = self.gate_proj(x), self.up_proj(x)  # (*, dim_feedforward)
             return self.down_proj(glu(gate, up, activation=self.activation, impl=self.impl))
         return gated_ffn(
@@ -138,14 +139,17 @@ def feed_forward(
 ) -> torch.Tensor:
     """linear2(dropout(activation(linear1(x)))) over modules that the caller owns.
 
-    It is fused as far as the modules are torch's own without hooks. Others (adapters,
-    parametrizations, quantized layers, unknown activations) are called, never bypassed.
+    It is fused as far as the modules are torch's own, without hooks and with their class's forward.
+    Others (adapters, parametrizations, quantized or offloaded layers, unknown activations, other
+    dropouts) are called, never bypassed.
     """
     name = activation_name(activation)
     if name is None:
         return linear2(dropout(activation(linear1(x))))
     dropout_p = dropout_rate(dropout)
-    if not (_is_plain(linear1, nn.Linear) and _is_plain(linear2, nn.Linear)):
+    if dropout_p is None:
+        return linear2(dropout(bias_act(linear1(x), activation=name, impl=impl)))
+    if not (is_plain(linear1, nn.Linear) and is_plain(linear2, nn.Linear)):
         return linear2(bias_act(linear1(x), activation=name, dropout_p=dropout_p, impl=impl))
     return ffn(
         x,
@@ -158,13 +162,6 @@ def feed_forward(
         recompute=recompute,
         impl=impl,
     )
-
-
-def dropout_rate(dropout: nn.Module) -> float:
-    """What a dropout module would drop now: layers fuse it but keep the module for its settings."""
-    if isinstance(dropout, nn.Identity):
-        return 0.0
-    return dropout.p if dropout.training else 0.0
 
 
 def check_activation(op: str, activation: Activation) -> Activation:
@@ -182,22 +179,12 @@ def activation_name(activation: Activation) -> str | None:
     """The operator's name for an activation; None where it has none."""
     if isinstance(activation, str):
         return activation
-    if _is_plain(activation, nn.GELU):
+    if is_plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if activation is F.relu or _is_plain(activation, nn.ReLU):
+    if activation is F.relu or is_plain(activation, nn.ReLU):
         return "relu"
     if activation is F.gelu:
         return "gelu"
-    if activation is F.silu or _is_plain(activation, nn.SiLU):
+    if activation is F.silu or is_plain(activation, nn.SiLU):
         return "silu"
     return None
-
-
-def _is_plain(module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class does and nothing else."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlm.backends import Impl
 from fastlm.layers import FeedForward, LayerNorm, MultiheadAttention
-from fastlm.layers.ffn import dropout_rate
+from fastlm.layers._modules import add_norm
 from fastlm.models.cache import KVCache
 from fastlm.models.config import TransformerConfig
 from fastlm.ops._check import fail, require_shape, require_tensor
@@ -110,7 +110,7 @@ class DecoderLM(nn.Module):
             branch, stream = block(branch, stream, slot)  # both (batch, seqlen, embed_dim)
         if cache is not None:
             cache.advance(ids.shape[1])
-        return self.norm(branch, stream, dropout_p=dropout_rate(self.dropout))
+        return add_norm(self.norm, self.dropout, branch, stream)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab_size) of hidden states (..., embed_dim)."""
@@ -184,13 +184,12 @@ class DecoderBlock(nn.Module):
         self, branch: torch.Tensor, stream: torch.Tensor | None, slot: Slot | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """branch and stream: (batch, seqlen, embed_dim); stream None is 0."""
-        dropout_p = dropout_rate(self.dropout)
-        x, stream = self.norm1(branch, stream, dropout_p=dropout_p, prenorm=True)
+        x, stream = add_norm(self.norm1, self.dropout, branch, stream, prenorm=True)
         if slot is None:
             attended, _ = self.self_attn(x, x, x, need_weights=False, is_causal=True)
         else:
             attended = self.self_attn.cached(x, *slot)
-        x, stream = self.norm2(attended, stream, dropout_p=dropout_p, prenorm=True)
+        x, stream = add_norm(self.norm2, self.dropout, attended, stream, prenorm=True)
         return self.ffn(x), stream
 
 

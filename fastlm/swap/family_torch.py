@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastlm import layers
+from fastlm.layers._modules import is_changed
 from fastlm.swap.fused import Swapped
 from fastlm.swap.rules import Plan, Rule, become, leave, own_forward
-from fastlm.swap.structure import has_hooks, untouched
+from fastlm.swap.structure import untouched
 
 # Overriding these changes no forward.
 _HARMLESS = {"__init__", "extra_repr", "reset_parameters"}
@@ -19,7 +20,8 @@ class _Layer(Swapped):
     """In front of an encoder or decoder layer of fastlm and of torch.
 
     fastlm's layer fuses the dropouts and the residual adds into the norms. Where one of those has
-    hooks or was replaced, torch's own forward runs, over swapped attention and norms.
+    hooks or a forward of its own, or was replaced, torch's forward runs, over swapped attention and
+    norms.
     """
 
     _fastlm_layer: type
@@ -28,7 +30,7 @@ class _Layer(Swapped):
     def forward(self, *args, **kwargs):
         norms = [m for name, m in self.named_children() if name.startswith("norm")]
         dropouts = [m for name, m in self.named_children() if name.startswith("dropout")]
-        fused = all(isinstance(norm, layers.LayerNorm) and not has_hooks(norm) for norm in norms)
+        fused = all(isinstance(norm, layers.LayerNorm) and not is_changed(norm) for norm in norms)
         if fused and all(untouched(dropout, nn.Dropout) for dropout in dropouts):
             return super().forward(*args, **kwargs)
         return super(self._fastlm_layer, self).forward(*args, **kwargs)

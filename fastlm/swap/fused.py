@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlm.layers import ffn as layers_ffn
+from fastlm.layers._modules import dropout_rate
 from fastlm.ops.ffn import bias_act, ffn, gated_ffn, glu
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.swap.structure import (
@@ -115,7 +115,7 @@ class LinearDropoutAddNorm(Fused):
         # The sum has the wider dtype, and so has its norm; under autocast the operator sees to it.
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.promote_types(x.dtype, residual.dtype))
-        dropout_p = layers_ffn.dropout_rate(getattr(self, self._fastlm_dropout))
+        dropout_p = dropout_rate(getattr(self, self._fastlm_dropout))
         return layer_norm(
             x, norm.weight, norm.bias, eps=norm.eps, residual=residual, dropout_p=dropout_p
         )
@@ -145,7 +145,7 @@ class FeedForward(Fused):
             linear_weight(w2),
             w2.bias,
             activation=self._fastlm_activation,
-            dropout_p=layers_ffn.dropout_rate(inner) if inner else 0.0,
+            dropout_p=dropout_rate(inner) if inner else 0.0,
         )
         return getattr(self, self._fastlm_outer)(x) if self._fastlm_outer else x
 
@@ -167,7 +167,7 @@ class GatedFeedForward(Fused):
             return super(Fused, self).forward(x)  # some models convert between them
         activation = self._fastlm_activation
         inner = self._fastlm_inner and getattr(self, self._fastlm_inner)
-        dropped = inner and layers_ffn.dropout_rate(inner) > 0.0
+        dropped = inner and dropout_rate(inner) > 0.0
         biased = any(linear.bias is not None for linear in (gate, up, down))
         if not dropped and not biased:
             weights = (linear_weight(linear) for linear in (gate, up, down))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlm.layers._modules import is_changed
 from fastlm.ops.ffn import bias_act
 from fastlm.ops.norm import CASTINGS, rms_norm
 
@@ -233,20 +234,10 @@ def _agrees(module, x, weight, eps, casting) -> bool:
 def untouched(child, cls) -> bool:
     """Whether calling `child` still does what class `cls` does and nothing else.
 
-    Adapters and parametrizations change the class; offloading and kernel libraries set `forward` on
-    the instance; hooks want to see the call.
+    Adapters and parametrizations change the class; for the rest see `is_changed`.
     """
     if original_class(child) is not cls:
         return False
     if not isinstance(child, nn.Module):
         return True
-    return "forward" not in child.__dict__ and not has_hooks(child)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return not is_changed(child)
