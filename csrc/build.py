@@ -37,7 +37,7 @@ REQUIREMENTS = ["ninja", "pybind11>=2.13"]
 VARIABLE = "FASTLM_BUILD_CUDA"
 
 INSTALL_NVCC = (
-    "install the CUDA toolkit 12.4 or newer (https://developer.nvidia.com/cuda-downloads), or from "
+    "install the CUDA toolkit, 12.4 to 13 (https://developer.nvidia.com/cuda-downloads), or from "
     "PyPI: pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl; another place than "
     "/usr/local/cuda is named by CUDA_HOME"
 )
@@ -133,6 +133,11 @@ def _nvcc_version(nvcc: Path) -> tuple[int, int]:
 def _host_compiler(nvcc: Path, environment) -> str:
     """CXX or g++, which nvcc must take too: each accepts host compilers up to some version."""
     cxx = environment.get("CXX") or "g++"
+    if shutil.which(cxx) is None and len(cxx.split()) > 1:
+        raise BuildError(
+            f"CXX must name one program, for nvcc takes no words before or after it, got {cxx!r}: "
+            "name the compiler alone (CXX=g++)"
+        )
     if shutil.which(cxx) is None:
         raise BuildError(
             f"the C++ compiler {cxx} was not found: install it (Debian and Ubuntu: apt install g++)"

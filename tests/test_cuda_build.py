@@ -97,7 +97,10 @@ def test_unsupported_nvcc(toolkit, version):
     home = toolkit(version)
     with pytest.raises(builder.BuildError) as error:
         builder.wanted({"CUDA_HOME": str(home), "FASTLM_BUILD_CUDA": "1", "PATH": ""})
-    assert f"nvcc {version} at {home}/bin/nvcc is not supported: install the" in str(error.value)
+    message = (
+        f"nvcc {version} at {home}/bin/nvcc is not supported: install the CUDA toolkit, 12.4 to"
+    )
+    assert f"{message} 13 (" in str(error.value)
 
 
 def test_0_is_never(toolkit, torch_folder):
@@ -144,6 +147,11 @@ def test_a_host_compiler_that_is_missing_or_that_nvcc_refuses(toolkit):
     with pytest.raises(builder.BuildError) as error:
         builder.wanted({**environment, "CXX": "no-such-g++"})
     assert "compiler no-such-g++ was not found: install it" in str(error.value)
+    for words in ("ccache g++", "g++ -m64"):
+        with pytest.raises(builder.BuildError) as error:
+            builder.wanted({**environment, "CXX": words})
+        message = "CXX must name one program, for nvcc takes no words before or after it, got"
+        assert f"{message} {words!r}: name the compiler alone" in str(error.value)
     nvcc = home / "bin" / "nvcc"
     refusal = "#error -- unsupported GNU version! gcc versions later than 15 are not supported!"
     refuse = f'case "$*" in *-ccbin*) echo "{refusal}" >&2; exit 1;; esac\n'

@@ -22,6 +22,8 @@ from fastlm.bench.machine import cpu_name
 from fastlm.cli._options import add_device, device_of
 from fastlm.cli._samples import sample_calls
 
+# What csrc/build.py takes, which is not installed.
+_OLDEST_NVCC, _FIRST_UNKNOWN_NVCC = (12, 4), (14, 0)
 _PACKAGES = ("numpy", "safetensors", "rich", "matplotlib", "transformers")
 
 
@@ -97,8 +99,13 @@ def _nvcc() -> str:
         answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{nvcc} does not run: {error}"
-    release = re.search(r"release ([\d.]+)", answer.stdout)
-    return f"{release.group(1) if release else 'unknown version'} at {nvcc}"
+    release = re.search(r"release (\d+)\.(\d+)", answer.stdout)
+    if release is None:
+        return f"unknown version at {nvcc}"
+    said = f"{release[1]}.{release[2]} at {nvcc}"
+    if _OLDEST_NVCC <= (int(release[1]), int(release[2])) < _FIRST_UNKNOWN_NVCC:
+        return said
+    return f"{said}, not supported: the CUDA C++ kernels are built by 12.4 to 13"
 
 
 def _cuda_library() -> str:
