@@ -200,6 +200,28 @@ def calls_on(device):
     }
 
 
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
+def test_recompute_is_a_bool(op):
+    x = torch.ones(2, 2)
+    weights = (x, None, x, None) if op == "ffn" else (x, x, x)
+    with pytest.raises(TypeError, match=f"^{op}: recompute must be a bool, got str$"):
+        getattr(fastlm, op)(x, *weights, recompute="no")
+
+
+@pytest.mark.parametrize("to", ["to_sparse", "to_mkldnn"])
+def test_other_layouts_are_refused(to):
+    x = getattr(torch.ones(2, 8), to)()
+    ids = torch.zeros(2, dtype=torch.int64)
+    message = rf"^\w+: \w+ must have layout torch.strided, got {re.escape(str(x.layout))}$"
+    for op, *args in (
+        ("layer_norm", x), ("rms_norm", torch.ones(2, 8), x), ("glu", x, x),
+        ("cross_entropy", x, ids), ("linear_cross_entropy", torch.ones(2, 8), x, ids),
+        ("embedding", ids, x), ("ffn", x, torch.ones(4, 8), None, torch.ones(8, 4), None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            getattr(fastlm, op)(*args)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", calls_on("meta"))
 def test_operators_run_on_tensors_without_memory(name, autocast):

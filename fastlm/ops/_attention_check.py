@@ -9,6 +9,7 @@ import torch
 from fastlm.ops._check import (
     autocast_dtype,
     fail,
+    require_bool,
     require_choice,
     require_device,
     require_dropout,
@@ -100,8 +101,7 @@ def check_options(op: str, shape: tuple[int, int, int, int], device, options: di
     _check_per_head(op, options, batch, nheads, device)
     require_dropout(op, options["dropout_p"], options["seed"], device)
     for name in ("return_lse", "deterministic"):
-        if not isinstance(options[name], bool):
-            raise fail(op, name, "be a bool", type(options[name]).__name__, TypeError)
+        require_bool(op, name, options[name])
 
 
 def check_seqlens_k(op: str, seqlens_k, batch: int, device) -> None:

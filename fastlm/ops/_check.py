@@ -23,10 +23,12 @@ def require_tensor(op: str, arg: str, x) -> None:
 
 
 def require_float(op: str, arg: str, x) -> None:
-    """A floating-point tensor. fp64 is accepted: the reference takes it."""
+    """A dense floating-point tensor. fp64 is accepted: the reference takes it."""
     require_tensor(op, arg, x)
     if x.dtype not in FLOATS:
         raise fail(op, arg, "have a floating-point dtype", x.dtype)
+    if x.layout is not torch.strided:
+        raise fail(op, arg, "have layout torch.strided", x.layout)
 
 
 def require_device(op: str, arg: str, x: torch.Tensor, device: torch.device) -> None:
@@ -52,6 +54,11 @@ def require_eps(op: str, eps) -> None:
         raise fail(op, "eps", "be a number of at least 0", type(eps).__name__, TypeError)
     if not eps >= 0.0:  # nor NaN
         raise fail(op, "eps", "be a number of at least 0", eps)
+
+
+def require_bool(op: str, arg: str, value) -> None:
+    if not isinstance(value, bool):
+        raise fail(op, arg, "be a bool", type(value).__name__, TypeError)
 
 
 def require_choice(op: str, arg: str, value, allowed: tuple) -> None:

@@ -9,6 +9,7 @@ from fastlm.ops._check import (
     autocast_dtype,
     fail,
     make_seed,
+    require_bool,
     require_choice,
     require_device,
     require_dropout,
@@ -150,6 +151,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     _check_bias("ffn", "b2", b2, x, w2.shape[0], "(out_dim,)")
     require_choice("ffn", "activation", activation, ACTIVATIONS)
     require_dropout("ffn", dropout_p, seed, x.device)
+    require_bool("ffn", "recompute", recompute)
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     keep = not recompute and _trains(x, w1, b1, w2)
     dtype = _product_dtype(x)
@@ -220,6 +222,7 @@ def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recomp
     require_shape(op, "w_up", w_up, w_gate.shape, "of w_gate")
     _check_weight(op, "w_down", w_down, x, w_gate.shape[0], ("out_dim", "hidden_dim"))
     require_choice(op, "activation", activation, ACTIVATIONS)
+    require_bool(op, "recompute", recompute)
     tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     keep = not recompute and _trains(*tensors.values())
     dtype = _product_dtype(x)
