@@ -131,6 +131,45 @@ def test_layer_norm_mean_of_ten_thousand_deviations(cols, impl, device):
     )
 
 
+def norm_with_gradients(op, inputs, dy, impl):
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
+    y = getattr(fastlm, op)(**leaves, impl=impl)
+    return {"y": y.detach()} | dict(
+        zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True)
+    )
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cols", [16, 1024, 16384])
+def test_layer_norm_of_shifted_integers_is_bitwise_equal(cols, dtype, impl, device):
+    """Sums of small integers and means over a power of two are exact, and so is what is left."""
+    inputs = norm_inputs("layer_norm", 3, cols, dtype, device)
+    inputs["x"] = inputs["x"].mul(4).round().clamp(-8, 8)
+    dy = randn(3, cols, dtype=dtype, device=device, seed=4)
+    expected = norm_with_gradients("layer_norm", inputs, dy, impl)
+    for shift in (1, -32, 100):
+        shifted = {**inputs, "x": inputs["x"] + shift}
+        actual = norm_with_gradients("layer_norm", shifted, dy, impl)
+        assert all(torch.equal(actual[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cols", [1, 37, 8208])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norm_rows_are_independent(op, cols, dtype, impl, device):
+    """A row has the same bits alone, and wherever it stands among others."""
+    rows = 21
+    inputs = norm_inputs(op, rows, cols, dtype, device, residual=True)
+    dy = randn(rows, cols, dtype=dtype, device=device, seed=4)
+    whole = norm_with_gradients(op, inputs, dy, impl)
+    for some in (slice(0, 1), slice(20, 21), slice(5, 12)):
+        part = {**inputs, **{n: inputs[n][some] for n in ("x", "residual")}}
+        alone = norm_with_gradients(op, part, dy[some], impl)
+        assert all(torch.equal(alone[n], whole[n][some]) for n in ("y", "x", "residual"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_reference_is_torch(dtype):
     i = norm_inputs("layer_norm", 9, 65, dtype, "cpu")
