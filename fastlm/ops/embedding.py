@@ -215,9 +215,9 @@ def embedding(
     """The input of a Transformer: `dropout(layer_norm(token + position + type))`.
 
     Args:
-        ids: (..., seqlen), int64 or int32. An id outside its table, here and below, is an error on
-            a CPU; on a GPU it is NaN for that token by the kernels, and a failed device assertion
-            by the torch backend.
+        ids: (..., seqlen), int64 or int32. An id outside its table, here and below, is an
+            IndexError on a CPU; on a GPU it is NaN for that token by the kernels, and a failed
+            device assertion by the torch backend.
         token_weight: (vocab, dim), any floating dtype.
         positions: ids' shape, or (seqlen,), int64 or int32; None is 0, 1, ...
         position_weight: (max_seqlen, dim); None adds no positions.

@@ -207,7 +207,7 @@ def layer_norm(
     Args:
         x: (..., cols), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
         weight, bias: (cols,), any floating dtype; None leaves the scale or the shift out.
-        eps: added to the variance.
+        eps: at least 0, added to the variance.
         residual: as x, any floating dtype; z has the wider dtype of the two.
         dropout_p: probability of dropping an element of x before the add.
         seed: of the dropout mask; None draws one from torch's generator.
@@ -220,7 +220,7 @@ def layer_norm(
         Differentiable in x, weight, bias and residual, through y and z.
 
     Raises:
-        ValueError: shapes, dtypes, devices or probabilities that do not fit.
+        TypeError, ValueError: types, shapes, dtypes, devices or values that do not fit.
 
     Source: Ba et al., "Layer Normalization", arXiv:1607.06450.
     """

@@ -203,8 +203,8 @@ def rotary(
         interleaved: pairs are dimensions (2 i, 2 i + 1), as RoFormer and GPT-J, instead of
             (i, i + rotary_dim / 2), as GPT-NeoX and Llama.
         positions: (seqlen,) or (batch, seqlen) (packed: (tokens,)), int64 or int32, rows of cos and
-            sin; None is 0, 1, ... Outside the table it is an error on a CPU; on a GPU it is NaN for
-            that token by the kernel, and a failed device assertion by the torch backend.
+            sin; None is 0, 1, ... Outside the table it is an IndexError on a CPU; on a GPU it is
+            NaN for that token by the kernel, and a failed device assertion by the torch backend.
         impl: the backend; None chooses (see `fastlm.explain`).
 
     Returns:
