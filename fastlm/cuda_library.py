@@ -46,9 +46,11 @@ def _try_to_load() -> str | None:
         return f"its library is not built (from a checkout: {BUILD})"
     try:
         load(PATH)
+        return _too_new(*versions(PATH))
     except OSError as error:
         return f"its library does not load: {error} (from a checkout: {BUILD})"
-    return _too_new(*versions(PATH))
+    except AttributeError:  # it cannot say for which CUDA it is
+        return f"its library is of an older fastlm (from a checkout: {BUILD})"
 
 
 def versions(path: Path) -> tuple[int, int]:

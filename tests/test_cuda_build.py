@@ -259,6 +259,12 @@ def test_library_of_a_newer_cuda_than_the_driver_is_refused(runtime, driver, fit
     assert fits or "built by CUDA 13.0, and the driver knows CUDA up to 12.8" in reason
 
 
+def test_library_of_an_older_fastlm_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda_library, "_loaded", {})
+    monkeypatch.setattr(cuda_library, "PATH", Path(torch.__file__).parent / "lib" / "libtorch.so")
+    assert "is of an older fastlm" in cuda_library._try_to_load()
+
+
 def _operators() -> set[str]:
     sources = (ROOT / "csrc" / "bindings").glob("*.cpp")
     return {n for f in sources for n in re.findall(r'm\.impl\("(\w+)"', f.read_text())}
