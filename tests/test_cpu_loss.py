@@ -12,7 +12,14 @@ import fastlm
 from fastlm.ops import _chunked_loss, _linear_loss
 from fastlm.ops import loss as loss_ops
 from fastlm.reference import loss as reference
-from fastlm.testing import LAYOUTS, check_against_reference, nan_filled_empty, randn, with_layout
+from fastlm.testing import (
+    LAYOUTS,
+    assert_close,
+    check_against_reference,
+    nan_filled_empty,
+    randn,
+    with_layout,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -26,7 +33,8 @@ PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTION
 @pytest.fixture
 def chunks(monkeypatch):
     """Blocks of 2 rows, for logits of any number; gives the shapes of the blocks that were made."""
-    monkeypatch.setattr(loss_ops, "_CHUNKED_FROM", 0)
+    monkeypatch.setattr(loss_ops, "_BLOCKS_FROM", {})
+    monkeypatch.setattr(loss_ops, "_BLOCKS_FROM_ELSE", 0)
     monkeypatch.setattr(_chunked_loss, "_BLOCK", 48)
     return count_blocks(monkeypatch)
 
@@ -89,7 +97,7 @@ def test_cpu_cross_entropy_shapes(dtype, shape, chunks):
 
 def test_cpu_cross_entropy_of_large_logits_alone(monkeypatch):
     blocks = count_blocks(monkeypatch)
-    inputs = loss_inputs(40, 2**18, torch.float32)
+    inputs = loss_inputs(40, 2**17, torch.float32)
     run_oracle(inputs)
     assert blocks and sum(rows for rows, _ in blocks) == 27
     del blocks[:]
@@ -97,6 +105,33 @@ def test_cpu_cross_entropy_of_large_logits_alone(monkeypatch):
         fastlm.cross_entropy(**inputs)
     gradients(loss_inputs(40, 2**12, torch.float32))
     assert not blocks
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_cross_entropy_without_gradients(dtype, names, reduction, chunks):
+    inputs = {n: OPTIONS[n] for n in names if n in ("class_weight", "ignore_index")}
+    options = {n: OPTIONS[n] for n in names if n not in inputs}
+    if "ignore_index" in names:
+        options["ignore_index"] = OPTIONS["ignore_index"]
+    inputs = loss_inputs(13, 19, dtype, **inputs)
+    gold, same = (
+        reference.cross_entropy(
+            **{n: t.to(d) if t.is_floating_point() else t for n, t in inputs.items()},
+            reduction=reduction, **options,
+        )
+        for d in (torch.float64, dtype)
+    )  # fmt: skip
+    actual = fastlm.cross_entropy(**inputs, reduction=reduction, **options)
+    assert_close("loss", actual, same, gold)
+
+
+def test_cpu_cross_entropy_without_gradients_holds_no_copy_of_the_logits(chunks):
+    inputs = loss_inputs(64, 1000, torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fastlm.cross_entropy(**inputs)
+    assert max(e.self_cpu_memory_usage for e in profile.events()) < inputs["logits"].numel() * 2
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -202,9 +237,9 @@ def test_cpu_small_head_options(dtype, names, reduction, no_chunks):
     ids=["ignored", "fp16", "z_loss", "softcap"],
 )
 def test_cpu_small_head_goes_by_chunks_where_logits_would_not_do(inputs, options, monkeypatch):
-    blocks = count_blocks(monkeypatch)
-    fastlm.linear_cross_entropy(**inputs, **options)
-    assert blocks
+    monkeypatch.setattr(_linear_loss, "_CALLS", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        fastlm.linear_cross_entropy(**inputs, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

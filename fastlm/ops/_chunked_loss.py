@@ -200,7 +200,10 @@ def _chunk(x, head, kept, y, w_y, row, class_weight, options: _Options, gradient
     loss, ds = torch.empty_like(w_y), None
     if gradients:
         ds = torch.empty_like(s) if head is None else s
-    size = min(max(_BLOCK // s.shape[1], 1) if x.device.type == "cpu" else len(x), len(x))
+    if not gradients and options.z_loss == 0.0 and options.softcap is None:
+        smooth = {"label_smoothing": options.label_smoothing}
+        return torch.where(kept, block_losses(s, y, class_weight, loss.dtype, **smooth), 0.0), None
+    size = min(_block_rows(s), len(x))
     p = s.new_empty((size, s.shape[1]), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
     for start in range(0, len(x), max(size, 1)):
         b = slice(start, start + size)
@@ -209,6 +212,20 @@ def _chunk(x, head, kept, y, w_y, row, class_weight, options: _Options, gradient
             None if ds is None else ds[b],
         )  # fmt: skip
     return loss, ds
+
+
+def block_losses(logits, target, weight, acc: torch.dtype, **options) -> torch.Tensor:
+    """torch's losses of rows in `acc`, without a copy of all logits, or their log-softmax."""
+    size = _block_rows(logits)
+    blocks = zip(logits.split(size), target.split(size), strict=True)
+    parts = [F.cross_entropy(s.to(acc), y, weight, reduction="none", **options) for s, y in blocks]
+    return torch.cat(parts)
+
+
+def _block_rows(logits: torch.Tensor) -> int:
+    if logits.device.type != "cpu":
+        return max(len(logits), 1)
+    return max(_BLOCK // logits.shape[1], 1)
 
 
 def _block(s, p, kept, y, w_y, row, w, options: _Options, ds: torch.Tensor | None):

@@ -19,6 +19,7 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
+from fastlm.ops._chunked_loss import block_losses
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
@@ -217,8 +218,9 @@ def linear_cross_entropy(
     of each input whose dtype is not the products', and fp32 sums for fp16 gradients. With "mean"
     and "sum" the gradients exist from the forward pass on, and the backward hands them over; a
     second backward of a retained graph computes them again. The torch backend has chunks of 32 MB
-    of fp32 logits on a CPU and of 512 MB on a GPU, where it computes ignored rows too; of a bf16
-    weight's gradient over more than 8 chunks it has fp32 sums.
+    of fp32 logits on a CPU, where it makes the logits of small heads (up to 4 MB), and of 512 MB on
+    a GPU, where it computes ignored rows too; of a bf16 weight's gradient over more than 8 chunks
+    it has fp32 sums.
 
     Args:
         x: (..., dim), any floating dtype and strides.
@@ -348,7 +350,7 @@ def _torch_cross_entropy(
 ):  # fmt: skip
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    if _by_chunks(flat):
+    if _trains(logits) and _by_blocks(flat):
         numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
         loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
                          numbers, reduction, (True, False, False), "torch")  # fmt: skip
@@ -359,8 +361,7 @@ def _torch_cross_entropy(
                 logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
                 reduction=reduction, out_dtype=out_dtype, **options,
             )  # fmt: skip
-        acc = torch.promote_types(logits.dtype, torch.float32)
-        loss = _torch_loss(flat.to(acc), y.long(), class_weight, reduction, **options)
+        loss = _torch_loss(flat, y.long(), class_weight, reduction, **options)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # which has read the targets
             require_classes(op, "target", y, ignore_index, logits.shape[-1])
@@ -368,19 +369,26 @@ def _torch_cross_entropy(
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
-# From how many logits on, which then do not stay in a CPU's caches.
-_CHUNKED_FROM = 2**23
+# From how many logits on a CPU goes block by block, by dtype and whether there are gradients: then
+# they do not stay in its caches.
+_BLOCKS_FROM = {
+    (torch.bfloat16, False): 2**20, (torch.float16, False): 2**20, (torch.float16, True): 2**23,
+}  # fmt: skip
+_BLOCKS_FROM_ELSE = 2**22
 
 
-def _by_chunks(logits: torch.Tensor) -> bool:
-    """Whether loss and gradient are made in one go: on a CPU, where nothing compiles them."""
-    if logits.device.type != "cpu" or logits.numel() < _CHUNKED_FROM:
-        return False
-    return logits.requires_grad and torch.is_grad_enabled() and in_plain_eager()
+def _by_blocks(logits: torch.Tensor) -> bool:
+    """Whether a CPU goes block by block, loss and gradient in one go; where nothing compiles it."""
+    least = _BLOCKS_FROM.get((logits.dtype, _trains(logits)), _BLOCKS_FROM_ELSE)
+    return logits.device.type == "cpu" and logits.numel() >= least and in_plain_eager()
 
 
-# Up to how many logits of a head, 16 MB of fp32, a CPU makes them: chunks would cost more in calls.
-_SMALL_HEAD = 2**22
+def _trains(logits: torch.Tensor) -> bool:
+    return logits.requires_grad and torch.is_grad_enabled()
+
+
+# Up to how many logits of a head, 4 MB of fp32, a CPU makes them: chunks would cost more in calls.
+_SMALL_HEAD = 2**20
 
 
 def _is_small_head(
@@ -397,19 +405,26 @@ def _is_small_head(
 
 
 def _torch_loss(logits, target, class_weight, reduction, **options) -> torch.Tensor:
-    """torch's loss, but for the mean over nothing."""
-    weight = None if class_weight is None else class_weight.to(logits.dtype)
+    """torch's loss in fp32 at least, but for the mean over nothing."""
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    weight = None if class_weight is None else class_weight.to(acc)
+    if not _trains(logits) and _by_blocks(logits):
+        loss = block_losses(logits, target, weight, acc, **options)
+        return reference.reduce(loss, _row_weights(target, weight, **options), reduction)
+    logits = logits.to(acc)
     if reduction != "mean":
         return F.cross_entropy(logits, target, weight, reduction=reduction, **options)
     if logits.device.type == "cpu" and in_eager((logits, target, weight)):
         loss = F.cross_entropy(logits, target, weight, **options)
         if not math.isnan(loss.item()):
             return loss
-    kept = target != options["ignore_index"]
-    if weight is not None:
-        kept = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     loss = F.cross_entropy(logits, target, weight, reduction="sum", **options)
-    return reference.reduce(loss, kept, "mean")
+    return reference.reduce(loss, _row_weights(target, weight, **options), "mean")
+
+
+def _row_weights(target, weight, *, ignore_index, label_smoothing) -> torch.Tensor:
+    kept = target != ignore_index
+    return kept if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
 
 
 def _as_3d(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
