@@ -64,17 +64,22 @@ def test_ffn_product_is_picked(part, tuning, monkeypatch, capsys):
     assert ffn_matmul.epilogue_config is configs.epilogue_config
 
 
+def check_sees_each_result(call, config, name, monkeypatch):
+    """`call.check` passes what is right, and none of its results 1 % off."""
+    call.check(config)
+    right = call.run(config)
+    for i in range(len(right)):
+        wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
+        monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
+        with pytest.raises(AssertionError, match=f"{name} {i}: error"):
+            call.check(config)
+
+
 def test_ffn_product_is_checked(tuning, monkeypatch):
     ffn = sys.modules["tuning.ffn"]
     for part in PARTS:
         call, config = ffn.FfnCall(part, 20, 8, CPU, F16), None
-        call.check(config)
-        right = call.run(config)
-        for i in range(len(right)):
-            wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
-            monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
-            with pytest.raises(AssertionError, match=f"{part} {i}: error"):
-                call.check(config)
+        check_sees_each_result(call, config, part, monkeypatch)
 
 
 def test_ffn_draws_what_it_multiplies(tuning, monkeypatch):
@@ -208,13 +213,7 @@ def test_norm_is_checked(tuning, monkeypatch):
     module = sys.modules["tuning.norm"]
     for which in module.PASSES:
         call = module.NormCall(which, shapes.NormShape(6, 40), CPU, F16)
-        call.check(None)
-        right = call.run(None)
-        for i in range(len(right)):
-            wrong = [t * 1.01 if i == j else t for j, t in enumerate(right)]
-            monkeypatch.setattr(call, "run", lambda config, wrong=wrong: wrong)
-            with pytest.raises(AssertionError, match=f"{which} {i}: error"):
-                call.check(None)
+        check_sees_each_result(call, None, which, monkeypatch)
 
 
 @pytest.mark.parametrize("which", ["fwd", "bwd"])

@@ -57,6 +57,13 @@ def loss_inputs(rows, vocab, dtype, class_weight=None, ignore_index=-100) -> dic
     return inputs
 
 
+def case_of(names, dtype) -> tuple[dict, dict]:
+    """Inputs and options with those of OPTIONS that are named."""
+    data = {n: OPTIONS[n] for n in names if n in ("class_weight", "ignore_index")}
+    options = {n: OPTIONS[n] for n in names if n != "class_weight"}
+    return loss_inputs(13, 19, dtype, **data), options
+
+
 def run_oracle(inputs, **options):
     with nan_filled_empty():
         check_against_reference(
@@ -75,11 +82,8 @@ def gradients(inputs, **options):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_cross_entropy_options(dtype, names, reduction, chunks):
-    inputs = {n: OPTIONS[n] for n in names if n in ("class_weight", "ignore_index")}
-    options = {n: OPTIONS[n] for n in names if n not in inputs}
-    if "ignore_index" in names:
-        options["ignore_index"] = OPTIONS["ignore_index"]
-    run_oracle(loss_inputs(13, 19, dtype, **inputs), reduction=reduction, **options)
+    inputs, options = case_of(names, dtype)
+    run_oracle(inputs, reduction=reduction, **options)
     assert len(chunks) > 2
 
 
@@ -111,11 +115,7 @@ def test_cpu_cross_entropy_of_large_logits_alone(monkeypatch):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_cross_entropy_without_gradients(dtype, names, reduction, chunks):
-    inputs = {n: OPTIONS[n] for n in names if n in ("class_weight", "ignore_index")}
-    options = {n: OPTIONS[n] for n in names if n not in inputs}
-    if "ignore_index" in names:
-        options["ignore_index"] = OPTIONS["ignore_index"]
-    inputs = loss_inputs(13, 19, dtype, **inputs)
+    inputs, options = case_of(names, dtype)
     gold, same = (
         reference.cross_entropy(
             **{n: t.to(d) if t.is_floating_point() else t for n, t in inputs.items()},

@@ -130,6 +130,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def product_dtypes(
+    x: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of a loss's matrix products, the widest of these tensors' or autocast's, and of the loss."""
+    dtype = x.dtype
+    for t in others:
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    lower = autocast_dtype(x.device)
+    if lower is None or dtype == torch.float64:
+        return dtype, dtype
+    return lower, torch.float32
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """For what chooses its own dtypes: autocast would lower its fp32 products."""
     if autocast_dtype(device) is not None:

@@ -33,6 +33,14 @@ def in_transform() -> bool:
     return any(i.key() == vmap for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
+def kernels_refuse(**tensors: torch.Tensor | None) -> str | None:
+    """Why kernels that compute in fp32 cannot take a call with these tensors, by their names."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype == torch.float64:
+            return f"computes in fp32 and does not take a float64 {name}"
+    return TRANSFORM_REFUSAL if in_transform() else None
+
+
 def in_functorch() -> bool:
     """Within any transform of torch.func, which take no hooks on saved tensors (checkpoint's)."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

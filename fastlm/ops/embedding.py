@@ -22,7 +22,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import as_rows, contiguous, in_shape
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
+from fastlm.ops._transforms import gradients, in_plain_eager, kernels_refuse
 from fastlm.reference.dropout import dropout_rows
 from fastlm.reference.embedding import embedding as _reference
 from fastlm.reference.norm import layer_norm
@@ -186,10 +186,7 @@ def _differentiable(inputs, kept, options):
 
 
 def _kernels_refuse(tables) -> str | None:
-    for name, t in zip(_TABLES, tables, strict=True):
-        if t is not None and t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(**dict(zip(_TABLES, tables, strict=True)))
 
 
 # The kernels first: one pass over memory where torch composes five.

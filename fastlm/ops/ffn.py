@@ -20,7 +20,7 @@ from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
 from fastlm.ops._ffn_matmul import WAYS, choose_way, library_has
 from fastlm.ops._library import apply
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, in_functorch, in_transform
+from fastlm.ops._transforms import in_functorch, kernels_refuse
 from fastlm.reference import ffn as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -262,10 +262,7 @@ def _check_bias(op: str, arg: str, bias, x: torch.Tensor, cols: int, form: str) 
 
 
 def _kernels_refuse(tensors: dict[str, torch.Tensor | None]) -> str | None:
-    for name, t in tensors.items():
-        if t is not None and t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(**tensors)
 
 
 # Kernels first: one pass over memory where torch composes up to four. By benchmarks/results/ffn.csv

@@ -11,6 +11,7 @@ from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
     autocast_dtype,
     fail,
+    product_dtypes,
     require_choice,
     require_classes,
     require_device,
@@ -23,7 +24,7 @@ from fastlm.ops._chunked_loss import block_losses
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_plain_eager, in_transform
+from fastlm.ops._transforms import gradients, in_plain_eager, in_transform, kernels_refuse
 from fastlm.reference import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -256,7 +257,7 @@ def linear_cross_entropy(
     check_loss(op, x, "(...) of x (..., dim)", target, weight.shape[0], class_weight, reduction,
                 *options)  # fmt: skip
     backend = choose(op, impl, _LINEAR_BACKENDS, x.device, x, weight, bias, class_weight)
-    dtype, out_dtype = _linear_dtypes(x, weight, bias)
+    dtype, out_dtype = product_dtypes(x, weight, bias)
     if backend == "triton" and x.shape[-1] == 0:  # whose kernels have no grid for it
         x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
     grad = torch.is_grad_enabled()
@@ -324,18 +325,11 @@ def _require_number(op, arg, value, constraint, holds) -> None:
 
 
 def _triton_refuses(logits, class_weight) -> str | None:
-    return _refused_dtype(logits=logits, class_weight=class_weight)
+    return kernels_refuse(logits=logits, class_weight=class_weight)
 
 
 def _linear_triton_refuses(x, weight, bias, class_weight) -> str | None:
-    return _refused_dtype(x=x, weight=weight, bias=bias, class_weight=class_weight)
-
-
-def _refused_dtype(**tensors) -> str | None:
-    for name, t in tensors.items():
-        if t is not None and t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(x=x, weight=weight, bias=bias, class_weight=class_weight)
 
 
 # Triton first: two passes over the logits, where torch makes an fp32 copy and its log-softmax of
@@ -350,18 +344,18 @@ def _torch_cross_entropy(
 ):  # fmt: skip
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    if _trains(logits) and _by_blocks(flat):
-        numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
-        loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
-                         numbers, reduction, (True, False, False), "torch")  # fmt: skip
-        return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
     try:
-        if z_loss > 0.0 or softcap is not None:
+        if _trains(logits) and _by_blocks(flat):
+            numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
+            loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
+                             numbers, reduction, (True, False, False), "torch")  # fmt: skip
+        elif z_loss > 0.0 or softcap is not None:
             return reference.cross_entropy(
                 logits, target, class_weight=class_weight, z_loss=z_loss, softcap=softcap,
                 reduction=reduction, out_dtype=out_dtype, **options,
             )  # fmt: skip
-        loss = _torch_loss(flat, y.long(), class_weight, reduction, **options)
+        else:
+            loss = _torch_loss(flat, y.long(), class_weight, reduction, **options)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # which has read the targets
             require_classes(op, "target", y, ignore_index, logits.shape[-1])
@@ -437,14 +431,3 @@ def _as_3d(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, to
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     return logits, target.reshape(logits.shape[:-1]).contiguous()
-
-
-def _linear_dtypes(x, weight, bias) -> tuple[torch.dtype, torch.dtype]:
-    """Of the matrix products, and of the loss."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if bias is not None:
-        dtype = torch.promote_types(dtype, bias.dtype)
-    lower = autocast_dtype(x.device)
-    if lower is None or dtype == torch.float64:
-        return dtype, dtype
-    return lower, torch.float32

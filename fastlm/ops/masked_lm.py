@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from fastlm.backends import Impl, choose, supports_all
 from fastlm.ops._check import (
-    autocast_dtype,
     fail,
+    product_dtypes,
     require_choice,
     require_classes,
     require_device,
@@ -20,13 +20,7 @@ from fastlm.ops._check import (
 from fastlm.ops._library import apply, contract
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import (
-    TRANSFORM_REFUSAL,
-    gradients,
-    has_values,
-    in_plain_eager,
-    in_transform,
-)
+from fastlm.ops._transforms import gradients, has_values, in_plain_eager, kernels_refuse
 from fastlm.ops.loss import as_numbers, check_loss, cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import layer_norm
 from fastlm.reference import loss as reference
@@ -233,7 +227,7 @@ def masked_lm_loss(
     check_loss(op, hidden, "(...) of hidden (..., dim)", labels, decoder_weight.shape[0], None,
                reduction, *numbers, target_name="labels")  # fmt: skip
     backend = choose(op, impl, _BACKENDS, hidden.device, hidden, parameters)
-    dtype, out_dtype = _dtypes(hidden, *parameters.values())
+    dtype, out_dtype = product_dtypes(hidden, *parameters.values())
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
                "softcap": softcap, "reduction": reduction}  # fmt: skip
     x, flat = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
@@ -344,7 +338,7 @@ def next_sentence_loss(
                weight.shape[0], None, reduction, ignore_index, label_smoothing, 0.0, None,
                target_name="labels")  # fmt: skip
     backend = choose(op, impl, _SENTENCE_BACKENDS, hidden.device, hidden, given)
-    dtype, _ = _dtypes(hidden, *given.values())
+    dtype, _ = product_dtypes(hidden, *given.values())
     with without_autocast(hidden.device):
         linear = lambda x, w, b: F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
         pooled = hidden
@@ -410,22 +404,8 @@ def _check_sentence(op: str, hidden, given) -> None:
         require_shape(op, "bias", given["bias"], weight.shape[:1], "(classes,)")
 
 
-def _dtypes(*tensors) -> tuple[torch.dtype, torch.dtype]:
-    """Of the matrix products, and of the loss."""
-    dtype = tensors[0].dtype
-    for t in tensors:
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    lower = autocast_dtype(tensors[0].device)
-    if lower is None or dtype == torch.float64:
-        return dtype, dtype
-    return lower, torch.float32
-
-
 def _sentence_triton_refuses(hidden, parameters) -> str | None:
-    for name, t in {"hidden": hidden, **parameters}.items():
-        if t is not None and t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(hidden=hidden, **parameters)
 
 
 def _triton_refuses(hidden, parameters) -> str | None:

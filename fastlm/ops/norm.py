@@ -22,7 +22,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract, cuda_contract, unwanted
 from fastlm.ops._rows import as_rows, contiguous, in_shape, viewed_as
-from fastlm.ops._transforms import TRANSFORM_REFUSAL, gradients, in_create_graph, in_transform
+from fastlm.ops._transforms import gradients, in_create_graph, kernels_refuse
 from fastlm.reference import norm as reference
 
 CASTINGS = ("torch", "llama", "gemma")
@@ -277,10 +277,7 @@ def _check_norm(op, x, weight, bias, residual, dropout_p, seed, eps) -> None:
 
 
 def _kernels_refuse(x, weight, bias, residual) -> str | None:
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None and t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(x=x, weight=weight, bias=bias, residual=residual)
 
 
 # Kernels first: one pass over memory where torch composes three; Triton before CUDA C++, as they

@@ -14,13 +14,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import in_shape
-from fastlm.ops._transforms import (
-    TRANSFORM_REFUSAL,
-    gradients,
-    in_create_graph,
-    in_plain_eager,
-    in_transform,
-)
+from fastlm.ops._transforms import gradients, in_create_graph, in_plain_eager, kernels_refuse
 from fastlm.reference.rotary import read_angles
 from fastlm.reference.rotary import rotary as _reference
 
@@ -171,10 +165,7 @@ def _differentiable(inputs, kept, options):
 
 
 def _kernels_refuse(x, cos, sin) -> str | None:
-    for name, t in (("x", x), ("cos", cos), ("sin", sin)):
-        if t.dtype == torch.float64:
-            return f"computes in fp32 and does not take a float64 {name}"
-    return TRANSFORM_REFUSAL if in_transform() else None
+    return kernels_refuse(x=x, cos=cos, sin=sin)
 
 
 # The kernel first: one pass over memory where torch composes several.
