@@ -33,8 +33,7 @@ PAIRS = [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTION
 @pytest.fixture
 def chunks(monkeypatch):
     """Blocks of 2 rows, for logits of any number; gives the shapes of the blocks that were made."""
-    monkeypatch.setattr(loss_ops, "_BLOCKS_FROM", {})
-    monkeypatch.setattr(loss_ops, "_BLOCKS_FROM_ELSE", 0)
+    monkeypatch.setattr(loss_ops, "_BLOCKS_FROM", 0)
     monkeypatch.setattr(_chunked_loss, "_BLOCK", 48)
     return count_blocks(monkeypatch)
 

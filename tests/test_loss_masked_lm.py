@@ -84,20 +84,20 @@ def test_masked_lm_shapes_large(shape, dtype, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_lm_options(dtype, reduction, impl, device):
-    run_oracle(impl, head_inputs(9, 8, 6, 11, dtype, device), reduction=reduction, **EVERY)
+    run_oracle(impl, head_inputs(9, 8, 23, 11, dtype, device), reduction=reduction, **EVERY)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_masked_lm_activations(activation, impl, device):
-    run_oracle(impl, head_inputs(9, 8, 6, 11, torch.float32, device), activation=activation)
+    run_oracle(impl, head_inputs(9, 8, 23, 11, torch.float32, device), activation=activation)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("option", ["ignore_index", "no_decoder_bias", "int32"])
 def test_masked_lm_other_arguments(option, impl, device):
     ignored = 3 if option == "ignore_index" else -100
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device, ignored)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device, ignored)
     if option == "no_decoder_bias":
         del inputs["decoder_bias"]
     if option == "int32":
@@ -113,20 +113,20 @@ def test_masked_lm_is_the_modules_of_torch(impl, device):
         h = F.layer_norm(h, norm_weight.shape, norm_weight, norm_bias, 1e-12)
         return F.cross_entropy(F.linear(h, decoder_weight, decoder_bias), labels)
 
-    run_oracle(impl, head_inputs(9, 8, 6, 11, torch.float32, device), gold)
+    run_oracle(impl, head_inputs(9, 8, 23, 11, torch.float32, device), gold)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wide", ["hidden", "norm_weight", "decoder_weight"])
 def test_masked_lm_mixed_dtypes(wide, impl, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.bfloat16, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.bfloat16, device)
     inputs[wide] = inputs[wide].float()
     run_oracle(impl, inputs)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_lm_leading_dimensions(impl, device):
-    inputs = head_inputs(6, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(6, 8, 23, 11, torch.float32, device)
     inputs["hidden"], inputs["labels"] = inputs["hidden"].view(2, 3, 8), inputs["labels"].view(2, 3)
     for reduction in ("mean", "none"):
         run_oracle(impl, inputs, reduction=reduction)
@@ -135,7 +135,7 @@ def test_masked_lm_leading_dimensions(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masked_lm_rows_without_a_label_are_not_computed(reduction, impl, device):
-    inputs = head_inputs(40, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(40, 8, 23, 11, torch.float32, device)
     unmasked = inputs["labels"] == -100
     clean = gradients(impl, inputs, reduction=reduction)
     inputs["hidden"] = inputs["hidden"].masked_fill(unmasked[:, None], torch.nan)
@@ -178,7 +178,7 @@ def test_masked_lm_layouts_are_bitwise_equal(what, layout, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masked_lm_twice_and_inputs_unmodified(reduction, impl, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device)
     before = {n: t.clone() for n, t in inputs.items()}
     leaves = [t.requires_grad_() for t in inputs.values() if t.is_floating_point()]
     loss = fastlm.masked_lm_loss(**inputs, reduction=reduction, impl=impl).sum()
@@ -190,12 +190,12 @@ def test_masked_lm_twice_and_inputs_unmodified(reduction, impl, device):
 @pytest.mark.parametrize("trained", ["hidden", *PARAMETERS])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_lm_frozen_inputs(trained, impl, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device)
     run_oracle(impl, inputs, frozen={"hidden", *PARAMETERS} - {trained})
 
 
 def test_masked_lm_frozen_decoder_costs_nothing(monkeypatch, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device)
     inputs["hidden"].requires_grad_()
     monkeypatch.setattr(linear_loss, "rows_outer", None)
     monkeypatch.setattr(linear_loss, "column_sum", None)
@@ -205,7 +205,7 @@ def test_masked_lm_frozen_decoder_costs_nothing(monkeypatch, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_lm_no_grad_saves_nothing(impl, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device)
     inputs["decoder_weight"].requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -244,7 +244,7 @@ def test_masked_lm_autocast(dtype, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_masked_lm_compiles_fullgraph(dynamic, impl, device):
-    inputs = head_inputs(9, 8, 6, 11, torch.float32, device)
+    inputs = head_inputs(9, 8, 23, 11, torch.float32, device)
     labels = inputs.pop("labels")
     leaves = [t.requires_grad_() for t in inputs.values()]
 
@@ -264,7 +264,7 @@ def test_masked_lm_compiles_fullgraph(dynamic, impl, device):
 
 
 def test_masked_lm_opcheck(device):
-    hidden, labels, *head, _, _ = head_inputs(9, 8, 6, 11, torch.float32, device).values()
+    hidden, labels, *head, _, _ = head_inputs(9, 8, 23, 11, torch.float32, device).values()
     fwd = (hidden, labels, *head, torch.float32, "gelu", 1e-5, -100)
     # Without the comparison of values: rows behind the last masked one are whatever was there.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -25,7 +25,7 @@ from fastlm.ops._library import contract
 _CHUNK = {"cpu": 2**23}
 _CHUNK_ELSEWHERE = 2**27
 _CHUNK_ROWS = 256
-_BLOCK = 2**18  # logits of one block of a CPU: 1 MB of fp32
+_BLOCK = 2**18  # logits of one block of a CPU, for each thread: 1 MB of fp32
 # Chunks up to which a bf16 gradient is rounded once a chunk; more of them are added up in fp32.
 _ROUNDINGS = 8
 
@@ -42,7 +42,7 @@ def gradient_dtypes(x, weight) -> tuple[torch.dtype, torch.dtype]:
     unscaled = lambda t: torch.float32 if t.dtype == torch.float16 else t.dtype
     if weight is None or weight.dtype != torch.bfloat16:
         return unscaled(x), unscaled(x if weight is None else weight)
-    few = x.shape[0] <= _ROUNDINGS * _chunk_rows(x.device, weight.shape[0], True)
+    few = x.shape[0] <= _ROUNDINGS * _chunk_rows(x.device, weight.shape[0])
     return unscaled(x), torch.bfloat16 if few else torch.float32
 
 
@@ -110,8 +110,9 @@ def chunked_linear_cross_entropy(
             x_c, some = x[rows].to(dtype), [t[rows] for t in (kept, y, w_y, row)]
             if x.device.type != "cpu":  # else there is no ignored row in the chunk
                 x_c = x_c.masked_fill(~some[0][:, None], 0.0)  # not even its NaN reaches a gradient
-            loss[rows], ds = _chunk(x_c, head, *some, classes, options, sums.wanted)
-            sums.add(rows, x_c, head, ds)
+            own = sums.place(rows, head)
+            loss[rows], ds = _chunk(x_c, head, *some, classes, options, sums.wanted, own)
+            sums.add(rows, x_c, head, ds if own is None else None)
         return loss, total, *sums.results()
 
 
@@ -128,8 +129,13 @@ class _Sums:
         self.dweight = new(x.new_empty, need_dweight, weight, dweight_dtype)
         self.dbias = new(x.new_zeros, need_dbias, bias, acc)
 
-    def add(self, rows, x, head, ds) -> None:
-        if self.dx.numel():
+    def place(self, rows, head) -> torch.Tensor | None:
+        """Where the gradients of these rows of logits may be written, needing no `add`."""
+        direct = head is None and isinstance(rows, slice) and self.dx.numel() > 0
+        return self.dx[rows] if direct else None
+
+    def add(self, rows, x, head, ds: torch.Tensor | None) -> None:
+        if self.dx.numel() and ds is not None:
             self.dx[rows] = (ds if head is None else ds @ head[0]).to(self.dx.dtype)
         if self.dweight.numel():
             _add_product(self.dweight, ds, x, self.first)
@@ -166,15 +172,15 @@ def _kept_rows(target, ignore_index, vocab, linear) -> torch.Tensor | None:
     return kept if len(kept) < target.shape[0] else None
 
 
-def _chunk_rows(device: torch.device, vocab: int, linear: bool) -> int:
-    if not linear:
-        return max(_BLOCK // vocab, 1)
+def _chunk_rows(device: torch.device, vocab: int) -> int:
     return max(_CHUNK.get(device.type, _CHUNK_ELSEWHERE) // vocab, _CHUNK_ROWS)
 
 
 def _chunks(x, vocab, linear, index) -> Iterator[slice | torch.Tensor]:
     """The rows of each chunk: a slice, or the indices of rows that are not ignored."""
-    tokens, size = x.shape[0] if index is None else len(index), _chunk_rows(x.device, vocab, linear)
+    tokens = x.shape[0] if index is None else len(index)
+    # Logits that nobody has to make or gather are one.
+    size = _chunk_rows(x.device, vocab) if linear or index is not None else max(tokens, 1)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         yield rows if index is None else index[rows]
@@ -194,72 +200,86 @@ def _add_product(dweight: torch.Tensor, ds: torch.Tensor, x: torch.Tensor, first
         rows.copy_(part) if first else rows.add_(part)
 
 
-def _chunk(x, head, kept, y, w_y, row, class_weight, options: _Options, gradients: bool):
-    """(loss, ds) of some rows, ds in the logits' dtype or None; block by block on a CPU."""
+def _chunk(x, head, kept, y, w_y, row, class_weight, options: _Options, gradients: bool, own):
+    """(loss, ds) of some rows, ds in the logits' dtype, or what is to hold it, or None; block by
+    block on a CPU."""
     s = x if head is None else F.linear(x, *head)
-    loss, ds = torch.empty_like(w_y), None
-    if gradients:
-        ds = torch.empty_like(s) if head is None else s
     if not gradients and options.z_loss == 0.0 and options.softcap is None:
         smooth = {"label_smoothing": options.label_smoothing}
-        return torch.where(kept, block_losses(s, y, class_weight, loss.dtype, **smooth), 0.0), None
-    size = min(_block_rows(s), len(x))
-    p = s.new_empty((size, s.shape[1]), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
-    for start in range(0, len(x), max(size, 1)):
-        b = slice(start, start + size)
-        loss[b] = _block(
-            s[b].to(w_y.dtype), p, kept[b], y[b], w_y[b], row[b], class_weight, options,
-            None if ds is None else ds[b],
-        )  # fmt: skip
-    return loss, ds
+        loss = block_losses(s, y, class_weight, w_y.dtype, **smooth)
+        return torch.where(kept, loss, 0.0), None
+    ds = own
+    if gradients and own is None:
+        ds = torch.empty_like(s) if head is None else s
+    loss = _losses(s, y, w_y, row, class_weight, options, ds)
+    return torch.where(kept, loss, 0.0), ds
 
 
-def block_losses(logits, target, weight, acc: torch.dtype, **options) -> torch.Tensor:
-    """torch's losses of rows in `acc`, without a copy of all logits, or their log-softmax."""
+def block_losses(logits, target, weight, dtype: torch.dtype, **options) -> torch.Tensor:
+    """`row_losses` without a copy of all logits, or their log-softmax."""
     size = _block_rows(logits)
     blocks = zip(logits.split(size), target.split(size), strict=True)
-    parts = [F.cross_entropy(s.to(acc), y, weight, reduction="none", **options) for s, y in blocks]
-    return torch.cat(parts)
+    return torch.cat([row_losses(s, y, weight, dtype, **options) for s, y in blocks])
+
+
+def row_losses(logits, target, weight, dtype: torch.dtype, **options) -> torch.Tensor:
+    """torch's losses of rows in `dtype`: in a half computed in fp32, and rounded once."""
+    return F.cross_entropy(logits.to(dtype), target, weight, reduction="none", **options)
 
 
 def _block_rows(logits: torch.Tensor) -> int:
     if logits.device.type != "cpu":
         return max(len(logits), 1)
-    return max(_BLOCK // logits.shape[1], 1)
+    return max(_BLOCK * torch.get_num_threads() // logits.shape[1], 1)
 
 
-def _block(s, p, kept, y, w_y, row, w, options: _Options, ds: torch.Tensor | None):
-    """The losses of some rows, from logits in fp32, and into `ds`, which may be these logits, their
-    gradients, with p for probabilities; formulas: `fastlm/reference/loss.py`.
+def _losses(s, y, w_y, row, w, options: _Options, ds: torch.Tensor | None) -> torch.Tensor:
+    """The losses of rows with logits s, and into `ds`, which may be s, their gradients; formulas:
+    `fastlm/reference/loss.py`.
 
-    One exponential a logit: the sum of exp(s - max) is 1 over the largest probability.
+    One exponential a logit: the sum of exp(s - max) is 1 over the largest probability. A block has
+    passes over its logits alone; what is one number a row is computed for all blocks at once.
     """
     vocab, e, z, cap = s.shape[1], options.label_smoothing, options.z_loss, options.softcap
-    if cap is not None:
-        s = (s / cap).tanh_().mul_(cap)
-    p, m = torch.softmax(s, 1, out=p[: len(s)]), s.amax(1)
-    log_l = -p.amax(1).log_()
-    y = y[:, None]
-    loss = (1.0 - e) * w_y * (log_l + (m - s.gather(1, y)[:, 0]))
+    s_y = s.gather(1, y[:, None])[:, 0].to(w_y.dtype)
+    s_y = s_y if cap is None else (s_y / cap).tanh_().mul_(cap)
     classes = vocab if w is None else w.sum()
+    on_target = row * w_y * (1.0 - e)
+    on_p = on_target + row * (e / vocab) * classes if e > 0.0 else on_target
+    m, top, rest = (torch.empty_like(w_y) for _ in range(3))
+    size = max(min(_block_rows(s), len(s)), 1)
+    p = s.new_empty((size, vocab), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
+    of_rows = (m, top, rest, y, w_y, row, on_target, on_p, *([] if ds is None else [ds]))
+    for s_b, *of_block in zip(*(t.split(size) for t in (s, *of_rows)), strict=True):
+        _block(s_b, p[: len(s_b)], w, options, *of_block)
+    log_l = -top.log_()
+    loss = (1.0 - e) * w_y * (log_l + (m - s_y))
     if e > 0.0:
-        centered = s - m[:, None]
-        loss += e / vocab * (classes * log_l - (centered.sum(1) if w is None else centered @ w))
+        loss += e / vocab * (classes * log_l - rest)
     if z > 0.0:
         loss += z * w_y * (m + log_l).square()
-    loss = torch.where(kept, loss, 0.0)
+    return loss
+
+
+def _block(s, p, w, options: _Options, m, top, rest, y, w_y, row, on_target, on_p, ds=None) -> None:
+    """Of a block of logits, with p for probabilities: m = max s, top = max p, with label smoothing
+    rest = sum_c w[c] * (s[c] - m), and ds."""
+    e, z, cap = options.label_smoothing, options.z_loss, options.softcap
+    s = s.to(p.dtype)
+    if cap is not None:
+        s = (s / cap).tanh_().mul_(cap)
+    torch.softmax(s, 1, out=p)
+    torch.amax(s, 1, out=m), torch.amax(p, 1, out=top)
+    if e > 0.0:
+        centered = s - m[:, None]
+        rest.copy_(centered.sum(1) if w is None else centered @ w)
     if ds is None:
-        return loss
-    on_target = row * w_y * (1.0 - e)
-    on_p = on_target
+        return
     if z > 0.0:
-        on_p = on_p + row * w_y * (2.0 * z) * (m + log_l)
+        on_p = on_p + row * w_y * (2.0 * z) * (m - top.log())
+    p.mul_(on_p[:, None]).scatter_add_(1, y[:, None], -on_target[:, None])
     if e > 0.0:
-        on_p = on_p + row * (e / vocab) * classes
-    p.mul_(on_p[:, None]).scatter_add_(1, y, -on_target[:, None])
-    if e > 0.0:
-        p.addr_(row, torch.ones_like(p[0]) if w is None else w, alpha=-e / vocab)
+        p.addr_(row, torch.ones_like(p[0]) if w is None else w, alpha=-e / s.shape[1])
     if cap is not None:
         p.sub_(s.square_().mul_(p), alpha=cap**-2)  # times 1 - tanh^2
     ds.copy_(p)
-    return loss

@@ -16,8 +16,11 @@ from fastlm.ops._rows import as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import gradients, in_plain_eager
 from fastlm.reference import norm as reference
 
-_CHUNK = 2**17  # elements: in fp32 half a megabyte of each tensor
-_ROWS = 128  # which torch adds up one after the other
+# Elements of a chunk: where its few passes are calls of their own, it stays in the nearest cache;
+# where torch makes most of them in one call, fewer calls count for more.
+_CHUNK, _CHUNK_BACKWARD = 2**17, 2**18
+# Rows which torch adds up one after the other, by whether the sum is rounded to a half.
+_ROWS = {False: 2**7, True: 2**10}
 _backward = torch.ops.aten.native_layer_norm_backward
 
 
@@ -72,8 +75,8 @@ def _scale(weight: torch.Tensor | None, z: torch.Tensor, kind: str) -> torch.Ten
     return weight.float() + 1.0 if kind == "rms_gemma" else weight.float()
 
 
-def _chunks(rows: int, cols: int) -> Iterator[slice]:
-    step = max(1, min(_CHUNK // cols, _ROWS))
+def _chunks(rows: int, step: int) -> Iterator[slice]:
+    step = max(step, 1)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -81,7 +84,7 @@ def _rms(z, scale, eps: float, rounded: torch.dtype | None, out_dtype):
     """y and rstd; `rounded` is the dtype to which z * rstd is rounded before the scale."""
     y = z.new_empty(z.shape, dtype=out_dtype)
     rstd = z.new_empty((z.shape[0], 1), dtype=torch.float32)
-    for chunk in _chunks(*z.shape):
+    for chunk in _chunks(len(z), _CHUNK // z.shape[1]):
         part = z[chunk].float()
         r = torch.linalg.vector_norm(part, dim=1, keepdim=True, out=rstd[chunk])
         r.square_().div_(z.shape[1]).add_(eps).rsqrt_()
@@ -113,7 +116,9 @@ def _gradients(incoming, inputs, kept, options, needs):
     by_chunk = need_z and kind != "layer"
     if by_chunk:
         dz = torch.empty_like(rows, dtype=z.dtype) if whole else []
-    for chunk in _chunks(*rows.shape) if by_chunk or need_weight or need_bias else ():
+    halves = all(t is None or t.dtype.itemsize == 2 for t in (weight, bias))
+    step = min(_CHUNK_BACKWARD // rows.shape[1], _ROWS[halves])
+    for chunk in _chunks(len(rows), step) if by_chunk or need_weight or need_bias else ():
         part = dy[chunk].float(), rows[chunk].float(), mean[chunk], rstd[chunk]
         dpart, *vectors = call(*part, by_chunk, need_weight, need_bias)
         sums.append(vectors)

@@ -20,7 +20,7 @@ from fastlm.ops._check import (
     require_shape,
     require_tensor,
 )
-from fastlm.ops._chunked_loss import block_losses
+from fastlm.ops._chunked_loss import block_losses, row_losses
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
@@ -355,7 +355,7 @@ def _torch_cross_entropy(
                 reduction=reduction, out_dtype=out_dtype, **options,
             )  # fmt: skip
         else:
-            loss = _torch_loss(flat, y.long(), class_weight, reduction, **options)
+            loss = _torch_loss(flat, y.long(), class_weight, reduction, out_dtype, **options)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # which has read the targets
             require_classes(op, "target", y, ignore_index, logits.shape[-1])
@@ -363,18 +363,13 @@ def _torch_cross_entropy(
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
-# From how many logits on a CPU goes block by block, by dtype and whether there are gradients: then
-# they do not stay in its caches.
-_BLOCKS_FROM = {
-    (torch.bfloat16, False): 2**20, (torch.float16, False): 2**20, (torch.float16, True): 2**23,
-}  # fmt: skip
-_BLOCKS_FROM_ELSE = 2**22
+# From how many logits on, 4 MB of fp32, a CPU goes block by block: they do not stay in its caches.
+_BLOCKS_FROM = 2**20
 
 
 def _by_blocks(logits: torch.Tensor) -> bool:
     """Whether a CPU goes block by block, loss and gradient in one go; where nothing compiles it."""
-    least = _BLOCKS_FROM.get((logits.dtype, _trains(logits)), _BLOCKS_FROM_ELSE)
-    return logits.device.type == "cpu" and logits.numel() >= least and in_plain_eager()
+    return logits.numel() >= _BLOCKS_FROM and logits.device.type == "cpu" and in_plain_eager()
 
 
 def _trains(logits: torch.Tensor) -> bool:
@@ -398,13 +393,17 @@ def _is_small_head(
     return ordinary and bool((target != ignore_index).all())
 
 
-def _torch_loss(logits, target, class_weight, reduction, **options) -> torch.Tensor:
+def _torch_loss(logits, target, class_weight, reduction, out_dtype, **options) -> torch.Tensor:
     """torch's loss in fp32 at least, but for the mean over nothing."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     weight = None if class_weight is None else class_weight.to(acc)
-    if not _trains(logits) and _by_blocks(logits):
-        loss = block_losses(logits, target, weight, acc, **options)
-        return reference.reduce(loss, _row_weights(target, weight, **options), reduction)
+    if not _trains(logits):
+        once = weight is None and options["label_smoothing"] == 0.0 and out_dtype == logits.dtype
+        rows, blocks = logits.dtype if once else acc, _by_blocks(logits)
+        if blocks or rows != acc:
+            losses = block_losses if blocks else row_losses
+            loss = losses(logits, target, weight, rows, **options).to(acc)
+            return reference.reduce(loss, _row_weights(target, weight, **options), reduction)
     logits = logits.to(acc)
     if reduction != "mean":
         return F.cross_entropy(logits, target, weight, reduction=reduction, **options)
