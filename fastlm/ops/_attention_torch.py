@@ -1,19 +1,28 @@
 """The torch backend of attention: torch's fused function where it can give our semantics.
 
 Torch's CPU kernel knows boolean and additive masks, so every call without softcap, sinks, ALiBi,
-dropout and LSE runs on it. Elsewhere its backward is not deterministic, and with gradients the
-reference runs unless the caller allows that.
+dropout and LSE runs on it, and for a bias with a gradient its composition. Elsewhere its backward
+is not deterministic, and with gradients the reference runs unless the caller allows that.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from fastlm.ops._check import without_autocast
 from fastlm.ops._library import apply
-from fastlm.ops._transforms import gradients, in_create_graph, in_transform
+from fastlm.ops._transforms import (
+    gradients,
+    has_values,
+    in_create_graph,
+    in_plain_eager,
+    in_transform,
+)
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
+from fastlm.reference.relative_bias import RelativeBias
 
 # Not F.scaled_dot_product_attention: a user may have pointed that name at fastlm.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -25,7 +34,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     """The reference's result, contiguous; q, k and v have one dtype and the options are checked."""
     with without_autocast(q.device):
         if _fits_sdpa(q, k, v, options):
-            return _differentiable(_fused(q, k, v, options), q, k, v, options).contiguous()
+            out = _fused(q, k, v, options)
+            if not _trains(options["bias"]):
+                out = _differentiable(out, q, k, v, options)
+            return out.contiguous()
         out = reference.attention(q, k, v, **options)
     if options["return_lse"]:
         return out[0].contiguous(), out[1]
@@ -52,11 +64,13 @@ def leads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> b
 def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> bool:
     bias = options["bias"]
     if bias is not None:
-        # The fused kernels give no gradient of a bias and take it in q's dtype alone.
-        plain = isinstance(bias, torch.Tensor) and bias.dtype == q.dtype and not bias.requires_grad
-        if not plain:
+        # It is taken in q's dtype alone, and the fused kernels give it no gradient; for a CPU torch
+        # composes the call then, of operations with derivatives of any order.
+        if not isinstance(bias, torch.Tensor) or bias.dtype != q.dtype:
             return False
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if q.device.type != "cpu" and _trains(bias):
+            return False
+    trains = _trains(q, k, v)
     return (
         (q.device.type == "cpu" or not options["deterministic"] or not trains)
         and not options["return_lse"]
@@ -66,6 +80,11 @@ def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict)
         and k.numel() > 0
         and not in_transform()
     )
+
+
+def _trains(*tensors: torch.Tensor | RelativeBias | None) -> bool:
+    grad = torch.is_grad_enabled()
+    return grad and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _fused(q, k, v, options: dict) -> torch.Tensor:
@@ -82,12 +101,18 @@ def _fused(q, k, v, options: dict) -> torch.Tensor:
     window, seqlens_k, distance = options["window"], options["seqlens_k"], None
     if causal or window is not None:
         distance = key_distances(seqlen_q, seqlen_k, causal, None, seqlens_k, q.device)
+    looks = q.device.type == "cpu" and has_values(q) and in_plain_eager()
+    finite = bias is not None and looks and _is_finite(bias)  # then it forbids nothing
     allowed = allowed_pairs(
-        seqlen_q, seqlen_k, distance, causal, window, options["mask"], bias, None, seqlens_k,
-        q.device,
+        seqlen_q, seqlen_k, distance, causal, window, options["mask"], None if finite else bias,
+        None, seqlens_k, q.device,
     )  # fmt: skip
-    if allowed is None:  # a window without sides
-        return _sdpa(q, k, v, options)
+    if allowed is None:
+        mask = None if bias is None else bias[(None,) * (4 - bias.dim())]
+        return _sdpa(q, k, v, options, attn_mask=mask)
+    if looks and _is_harmless(allowed, k, v):
+        mask = allowed if bias is None else torch.where(allowed, bias, float("-inf"))
+        return _sdpa(q, k, v, options, attn_mask=mask)
     if k.shape[2] != q.shape[2] and allowed.shape[1] > 1:
         group = q.shape[2] // k.shape[2]  # heads of a group may see different keys
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
@@ -99,6 +124,18 @@ def _fused(q, k, v, options: dict) -> torch.Tensor:
     if bias is not None:
         attend = torch.where(attend, torch.where(alive, bias, 0.0), float("-inf"))
     return torch.where(alive.transpose(1, 2), _sdpa(q, k, v, options, attn_mask=attend), 0.0)
+
+
+def _is_harmless(allowed, k, v) -> bool:
+    """Whether every query has a key, and what no query sees does no harm to products with 0."""
+    if not allowed.any(-1).all():
+        return False
+    return bool(allowed.any(-2).all()) or (_is_finite(k) and _is_finite(v))
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    low, high = torch.aminmax(x.detach())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _differentiable(out, q, k, v, options: dict) -> torch.Tensor:
