@@ -248,9 +248,12 @@ def _losses(s, y, w_y, row, w, options: _Options, ds: torch.Tensor | None) -> to
     on_p = on_target + row * (e / vocab) * classes if e > 0.0 else on_target
     m, top, rest = (torch.empty_like(w_y) for _ in range(3))
     size = max(min(_block_rows(s), len(s)), 1)
-    p = s.new_empty((size, vocab), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
+    # Once for all blocks: fresh pages cost as much as exp.
+    p = s.new_empty((size, vocab), dtype=w_y.dtype)
+    wide = None if s.dtype == p.dtype else torch.empty_like(p)
     of_rows = (m, top, rest, y, w_y, row, on_target, on_p, *([] if ds is None else [ds]))
     for s_b, *of_block in zip(*(t.split(size) for t in (s, *of_rows)), strict=True):
+        s_b = s_b if wide is None else wide[: len(s_b)].copy_(s_b)
         _block(s_b, p[: len(s_b)], w, options, *of_block)
     log_l = -top.log_()
     loss = (1.0 - e) * w_y * (log_l + (m - s_y))
@@ -265,7 +268,6 @@ def _block(s, p, w, options: _Options, m, top, rest, y, w_y, row, on_target, on_
     """Of a block of logits, with p for probabilities: m = max s, top = max p, with label smoothing
     rest = sum_c w[c] * (s[c] - m), and ds."""
     e, z, cap = options.label_smoothing, options.z_loss, options.softcap
-    s = s.to(p.dtype)
     if cap is not None:
         s = (s / cap).tanh_().mul_(cap)
     torch.softmax(s, 1, out=p)

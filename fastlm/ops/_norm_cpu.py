@@ -21,7 +21,7 @@ from fastlm.reference import norm as reference
 _CHUNK, _CHUNK_BACKWARD = 2**17, 2**18
 # Rows which torch adds up one after the other, by whether the sum is rounded to a half.
 _ROWS = {False: 2**7, True: 2**10}
-_backward = torch.ops.aten.native_layer_norm_backward
+_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def is_for(z: torch.Tensor) -> bool:
@@ -80,16 +80,33 @@ def _chunks(rows: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
+class _Widened:
+    """Rows in fp32, a chunk at a time; of halves in one buffer, for fresh pages cost a pass."""
+
+    def __init__(self, rows: torch.Tensor, step: int):
+        self.rows, self.buffer = rows, None
+        if rows.dtype != torch.float32:
+            shape = min(max(step, 1), len(rows)), rows.shape[1]
+            self.buffer = rows.new_empty(shape, dtype=torch.float32)
+
+    def part(self, chunk: slice) -> torch.Tensor:
+        rows = self.rows[chunk]
+        return rows if self.buffer is None else self.buffer[: len(rows)].copy_(rows)
+
+
 def _rms(z, scale, eps: float, rounded: torch.dtype | None, out_dtype):
     """y and rstd; `rounded` is the dtype to which z * rstd is rounded before the scale."""
     y = z.new_empty(z.shape, dtype=out_dtype)
     rstd = z.new_empty((z.shape[0], 1), dtype=torch.float32)
-    for chunk in _chunks(len(z), _CHUNK // z.shape[1]):
-        part = z[chunk].float()
+    step = _CHUNK // z.shape[1]
+    widened = _Widened(z, step)
+    for chunk in _chunks(len(z), step):
+        part = widened.part(chunk)
         r = torch.linalg.vector_norm(part, dim=1, keepdim=True, out=rstd[chunk])
         r.square_().div_(z.shape[1]).add_(eps).rsqrt_()
         whole = out_dtype == torch.float32 and rounded in (None, torch.float32)
-        out = torch.mul(part, r, out=y[chunk] if whole else None)
+        own = part if z.dtype != torch.float32 else None  # the buffer may be written to, not z
+        out = torch.mul(part, r, out=y[chunk] if whole else own)
         if rounded is not None and not whole:
             out = out.to(rounded).float()
         if scale is not None:
@@ -118,8 +135,9 @@ def _gradients(incoming, inputs, kept, options, needs):
         dz = torch.empty_like(rows, dtype=z.dtype) if whole else []
     halves = all(t is None or t.dtype.itemsize == 2 for t in (weight, bias))
     step = min(_CHUNK_BACKWARD // rows.shape[1], _ROWS[halves])
+    widened = [_Widened(t, step) for t in (dy, rows)]
     for chunk in _chunks(len(rows), step) if by_chunk or need_weight or need_bias else ():
-        part = dy[chunk].float(), rows[chunk].float(), mean[chunk], rstd[chunk]
+        part = *(w.part(chunk) for w in widened), mean[chunk], rstd[chunk]
         dpart, *vectors = call(*part, by_chunk, need_weight, need_bias)
         sums.append(vectors)
         if by_chunk:  # what its mean took away

@@ -39,7 +39,7 @@ def bias_act(
 
     Args:
         x: (..., cols), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
-        bias: (cols,), any floating dtype; the sum is taken in fp32.
+        bias: (cols,), any floating dtype; the sum is taken in fp32 (of bf16 on a CPU in bf16).
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" (its square), "silu" or
             "quick_gelu" (x * sigmoid(1.702 x)).
         dropout_p: probability of dropping an element after the activation.
@@ -62,6 +62,8 @@ def bias_act(
     backend = choose("bias_act", impl, _BIASED_BACKENDS, x.device, tensors)
     seed = make_seed(seed, dropout_p, x.device)
     if backend == "torch":
+        if seed is None and bias is not None and _as_torch(x, bias):
+            return reference.ACTIVATIONS[activation](x + bias)
         return reference.bias_act(x, bias, activation=activation, dropout_p=dropout_p, seed=seed)
     return apply(BiasAct, x, contiguous(bias), seed, activation, float(dropout_p), backend)
 
@@ -93,7 +95,7 @@ def glu(
     tensors = {"gate": gate, "up": up}
     backend = choose("glu", impl, _GATED_BACKENDS, gate.device, tensors)
     if backend == "torch":
-        return reference.glu(gate, up, activation=activation)
+        return _torch_glu(gate, up, activation=activation)
     return apply(Glu, gate, up, activation, backend)
 
 
@@ -234,10 +236,24 @@ def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recomp
     weights = (w_gate, w_up, w_down)
     if backend == "torch":
         recompute = recompute and not in_functorch()
-        return reference.gated_ffn(x, *weights, activation=activation, recompute=recompute)
+        return reference.gated_ffn(
+            x, *weights, activation=activation, recompute=recompute, glu=_torch_glu
+        )
     weights = (w.to(x.dtype) for w in weights)
     y, *_ = apply(GatedFfn, x, *weights, activation, keep, backend, goes(backend))
     return y
+
+
+def _torch_glu(gate: torch.Tensor, up: torch.Tensor, *, activation: str) -> torch.Tensor:
+    if _as_torch(gate, up):
+        return reference.ACTIVATIONS[activation](gate) * up
+    return reference.glu(gate, up, activation=activation)
+
+
+def _as_torch(*tensors: torch.Tensor) -> bool:
+    """Whether a CPU rounds what is between two operations, as torch does, to be as fast: in bf16,
+    whose range such a value cannot leave."""
+    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 
 def _check_input(op: str, arg: str, x) -> None:

@@ -103,10 +103,11 @@ def gated_ffn(
     *,
     activation: str = "silu",
     recompute: bool = False,
+    glu: Callable = glu,
 ) -> torch.Tensor:
     """A gated feed-forward block without biases, in x's dtype; `recompute` as in `ffn`."""
     if recompute:
-        return _recomputed(gated_ffn, x, w_gate, w_up, w_down, activation=activation)
+        return _recomputed(gated_ffn, x, w_gate, w_up, w_down, activation=activation, glu=glu)
     h = glu(_linear(x, w_gate), _linear(x, w_up), activation=activation)
     return _linear(h, w_down)
 
