@@ -134,8 +134,7 @@ def _is_harmless(allowed, k, v) -> bool:
 
 
 def _is_finite(x: torch.Tensor) -> bool:
-    low, high = torch.aminmax(x.detach())
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    return all(math.isfinite(end.item()) for end in torch.aminmax(x.detach()))
 
 
 def _differentiable(out, q, k, v, options: dict) -> torch.Tensor:
