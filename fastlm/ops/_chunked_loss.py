@@ -241,20 +241,23 @@ def _losses(s, y, w_y, row, w, options: _Options, ds: torch.Tensor | None) -> to
     passes over its logits alone; what is one number a row is computed for all blocks at once.
     """
     vocab, e, z, cap = s.shape[1], options.label_smoothing, options.z_loss, options.softcap
-    s_y = s.gather(1, y[:, None])[:, 0].to(w_y.dtype)
+    y = y[:, None]
+    s_y = s.gather(1, y)[:, 0].to(w_y.dtype)
     s_y = s_y if cap is None else (s_y / cap).tanh_().mul_(cap)
     classes = vocab if w is None else w.sum()
-    on_target = row * w_y * (1.0 - e)
-    on_p = on_target + row * (e / vocab) * classes if e > 0.0 else on_target
+    on_target = row * w_y * (e - 1.0)
+    on_p = row * (e / vocab) * classes - on_target if e > 0.0 else -on_target
     m, top, rest = (torch.empty_like(w_y) for _ in range(3))
     size = max(min(_block_rows(s), len(s)), 1)
     # Once for all blocks: fresh pages cost as much as exp.
     p = s.new_empty((size, vocab), dtype=w_y.dtype)
     wide = None if s.dtype == p.dtype else torch.empty_like(p)
-    of_rows = (m, top, rest, y, w_y, row, on_target, on_p, *([] if ds is None else [ds]))
+    of_rows = [m, top, rest, y, w_y, row, on_target[:, None], on_p[:, None]]
+    of_rows += [] if ds is None else [ds]
     for s_b, *of_block in zip(*(t.split(size) for t in (s, *of_rows)), strict=True):
-        s_b = s_b if wide is None else wide[: len(s_b)].copy_(s_b)
-        _block(s_b, p[: len(s_b)], w, options, *of_block)
+        if len(s_b) < size:
+            p, wide = p[: len(s_b)], None if wide is None else wide[: len(s_b)]
+        _block(s_b if wide is None else wide.copy_(s_b), p, w, options, *of_block)
     log_l = -top.log_()
     loss = (1.0 - e) * w_y * (log_l + (m - s_y))
     if e > 0.0:
@@ -266,7 +269,7 @@ def _losses(s, y, w_y, row, w, options: _Options, ds: torch.Tensor | None) -> to
 
 def _block(s, p, w, options: _Options, m, top, rest, y, w_y, row, on_target, on_p, ds=None) -> None:
     """Of a block of logits, with p for probabilities: m = max s, top = max p, with label smoothing
-    rest = sum_c w[c] * (s[c] - m), and ds."""
+    rest = sum_c w[c] * (s[c] - m), and ds, which has on_p of p and on_target more at y."""
     e, z, cap = options.label_smoothing, options.z_loss, options.softcap
     if cap is not None:
         s = (s / cap).tanh_().mul_(cap)
@@ -278,8 +281,8 @@ def _block(s, p, w, options: _Options, m, top, rest, y, w_y, row, on_target, on_
     if ds is None:
         return
     if z > 0.0:
-        on_p = on_p + row * w_y * (2.0 * z) * (m - top.log())
-    p.mul_(on_p[:, None]).scatter_add_(1, y[:, None], -on_target[:, None])
+        on_p = on_p + (row * w_y * (2.0 * z) * (m - top.log()))[:, None]
+    p.mul_(on_p).scatter_add_(1, y, on_target)
     if e > 0.0:
         p.addr_(row, torch.ones_like(p[0]) if w is None else w, alpha=-e / s.shape[1])
     if cap is not None:
