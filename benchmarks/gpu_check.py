@@ -11,7 +11,7 @@ In this order, and on to the next step where one fails:
   2. wrappers: what csrc/arch wraps, on the device against its host body;
   3. conformance: the operators' small cases, each kernel against the oracle, on the device;
   4. gpu: the tests that need a GPU, with real sizes (pytest -m gpu);
-  5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer, if installed,
+  5. memcheck, racecheck: the smallest case of each kernel under compute-sanitizer,
      CUDA C++ (-cuda) and Triton (-triton);
   6. benchmarks: every operator against torch and the peers that are installed, each provider
      checked before it is timed;
@@ -23,7 +23,7 @@ bench-<operator>, `--seconds` for those (of each provider and pass) and tune (of
 Writes results.json (device, driver, versions, commit, steps), log.txt and bench.csv, to all of
 which is added while steps run. Where pytest-xdist is installed, tests run side by side, as many as
 there are cores: most of their time is compiling.
-Exit code: 0, 1 (a step failed), 2 (something is missing, and nothing ran).
+Exit code: 0, 1 (a step failed, or its tool is missing), 2 (something is missing, and nothing ran).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def steps(
     families = sorted(
         str(file) for name in FAMILIES for file in (ROOT / "tests").glob(f"test_{name}*.py")
     )
-    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    sanitizer = _sanitizer()
     if quick:
         benchmarks = [Step("bench", [*python, "-m", "fastlm", "bench", "--quick", *table])]
     else:
@@ -143,6 +143,14 @@ def steps(
         Step("tune", [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "all",
                       *timed, "--json", str(out / "picks.json")], optional=True),
     ]  # fmt: skip
+
+
+def _sanitizer() -> str:
+    """compute-sanitizer of the path or of a toolkit that is not on it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [shutil.which("compute-sanitizer", path=f"{home}/bin") for home in homes if home]
+    on_path = shutil.which("compute-sanitizer")
+    return next((place for place in (on_path, *places) if place), "compute-sanitizer")
 
 
 def run(step: Step, log: Path, limit: float = LIMIT_S) -> None:
@@ -371,7 +379,7 @@ def main() -> int:
     for step in results["steps"]:
         print(f"{step['name']:<17}{step['status']:<8}{step['seconds']:>8.1f} s  {step['summary']}")
     print(f"results in {options.out}")
-    return int(any(step["status"] in ("failed", "stopped") for step in results["steps"]))
+    return int(any(step["status"] != "passed" for step in results["steps"]))
 
 
 if __name__ == "__main__":

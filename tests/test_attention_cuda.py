@@ -187,15 +187,17 @@ def test_attention_cuda_rows_past_int32_offsets(impl, device):
     big = torch.empty(2**31 + 8192, device=device, dtype=F16)
     x = big.as_strided((3, 70, 1, 32), (2**30, 32, 32, 1))
     x.copy_(randn(3, 70, 1, 32))
-    leaves = [x, x, x.detach()]
-    dense = x.contiguous()
-    expected = attend({"q": dense, "k": dense, "v": dense}, causal=True)
-    assert all_equal(attend(dict(zip("qkv", leaves, strict=True)), causal=True), expected)
+
+    def results(x):
+        q, k, v = (x.detach().requires_grad_() for _ in range(3))
+        out, lse = attend({"q": q, "k": k, "v": v}, causal=True)
+        # With the gradient of out as far away as the inputs.
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), x.detach())
+
+    assert all_equal(results(x), results(x.contiguous()))
     rows = big.as_strided((1, 3, 1, 32), (0, 2**30, 32, 1))  # and three rows of one sequence
     rows.copy_(randn(1, 3, 1, 32))
-    dense = rows.contiguous()
-    expected = attend({"q": dense, "k": dense, "v": dense}, causal=True)
-    assert all_equal(attend({"q": rows, "k": rows, "v": rows}, causal=True), expected)
+    assert all_equal(results(rows), results(rows.contiguous()))
 
 
 @pytest.mark.parametrize("impl", ["cuda"])

@@ -11,7 +11,9 @@ from fastlm.ops import _attention_contract
 from fastlm.reference import attention as reference
 from fastlm.testing import assert_close, check_against_reference, nan_filled_empty, randn
 
-pytestmark = pytest.mark.interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the host build
+randn = functools.partial(randn, device=DEVICE)
+host_build = pytest.mark.interpreter  # of whose modes a GPU has none
 
 # One for each compiled head dim, and between them, where the rest of a tile is 0.
 HEADDIMS = [32, 40, 64, 96, 104, 128, 256]
@@ -22,7 +24,8 @@ SHAPE = (1, 150, 170, 3, 1)
 
 @pytest.fixture(autouse=True)
 def _host_build():
-    simt_build.configure("late", "random", 1)
+    if DEVICE == "cpu":
+        simt_build.configure("late", "random", 1)
 
 
 def qkv(headdim, dtype=torch.bfloat16, shape=SHAPE):
@@ -59,7 +62,7 @@ def randn_like(x):
     return randn(*x.shape, dtype=x.dtype, seed=9)
 
 
-DROPOUT = {"dropout_p": 0.3, "seed": torch.tensor(0x1234_5678_9ABC_DEF0)}
+DROPOUT = {"dropout_p": 0.3, "seed": torch.tensor(0x1234_5678_9ABC_DEF0, device=DEVICE)}
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -72,6 +75,7 @@ OPTIONS = {
 }
 
 
+@host_build
 @pytest.mark.parametrize("mode", simt_build.MODES, ids="-".join)
 @pytest.mark.parametrize("headdim", [32, 64, 96, 128, 256])
 def test_gradients_in_every_mode(headdim, mode):
@@ -116,7 +120,7 @@ def test_gradients_of_shared_keys(heads):
 @pytest.mark.parametrize("headdim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_keys_past_seqlens_k_may_hold_nan_and_get_zeros(headdim, causal):
-    seqlens_k = torch.tensor([0, 290, 131], dtype=torch.int32)
+    seqlens_k = torch.tensor([0, 290, 131], dtype=torch.int32, device=DEVICE)
     tensors = qkv(headdim, shape=(3, 100, 290, 2, 1))
     check(tensors, seqlens_k=seqlens_k, causal=causal)
     _, expected = gradients(tensors, seqlens_k=seqlens_k, causal=causal)
@@ -167,7 +171,8 @@ def test_empty(shape):
 def test_packed(headdim, dropout):
     """As each sequence alone, and 0 for tokens of none, which may hold NaN."""
     lengths_q, lengths_k = [70, 0, 33, 140], [130, 20, 0, 61]
-    cu_q, cu_k = (torch.tensor([3, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    starts = lambda lengths: torch.tensor([3, *lengths], device=DEVICE).cumsum(0).int()
+    cu_q, cu_k = starts(lengths_q), starts(lengths_k)
     tensors = {}
     for i, (name, cu, heads) in enumerate((("q", cu_q, 3), ("k", cu_k, 1), ("v", cu_k, 1))):
         x = randn(int(cu[-1]) + 2, heads, headdim, dtype=torch.bfloat16, seed=i)
@@ -193,6 +198,7 @@ def test_packed(headdim, dropout):
     )  # fmt: skip
 
 
+@host_build
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("headdim", [64, 256])
 def test_the_same_bits_every_time_and_in_every_mode(headdim, options):

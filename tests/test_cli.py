@@ -1,6 +1,7 @@
 """The `fastlm` command: help, errors, doctor, eval, generate, demo."""
 
 import base64
+import contextlib
 import inspect
 import io
 import re
@@ -153,9 +154,38 @@ def test_doctor_says_which_nvcc_is_not_supported(version, monkeypatch, tmp_path)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     builder = cuda_gate.builder()
     takes = builder.OLDEST_CUDA <= tuple(map(int, version.split("."))) < builder.FIRST_UNKNOWN_CUDA
-    refusal = ", not supported: the CUDA C++ kernels are built by 12.4 to 13"
+    install = doctor_module._INSTALL_NVCC
+    refusal = f", not supported: the CUDA C++ kernels are built by 12.4 to 13 ({install})"
     expected = f"{version} at {nvcc}{'' if takes else refusal}"
     assert dict(doctor_module.machine())["nvcc"] == expected
+    assert builder.INSTALL_NVCC.startswith("install the CUDA toolkit, 12.4 to 13")
+    assert install in builder.INSTALL_NVCC
+
+
+@pytest.mark.parametrize("where", ["CUDA_HOME", "CUDA_PATH", "PATH", "site-packages", None])
+def test_doctor_finds_the_nvcc_of_a_build(where, monkeypatch, tmp_path):
+    builder = cuda_gate.builder()
+    for name in ("CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    nvcc = tmp_path / ("nvidia/cu13" if where == "site-packages" else "") / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho release 13.0")
+    nvcc.chmod(0o755)
+    usual = builder.Path("/usr/local/cuda/bin/nvcc").exists()  # of this machine
+    if where == "site-packages":
+        monkeypatch.setattr(doctor_module.sysconfig, "get_path", lambda name: str(tmp_path))
+    elif where is not None:
+        monkeypatch.setenv(where, str(nvcc.parent if where == "PATH" else tmp_path))
+    said = dict(doctor_module.machine())["nvcc"]
+    if where is None and not usual:
+        assert said.endswith(f"or {doctor_module._INSTALL_NVCC}")
+    elif usual and where in (None, "site-packages"):
+        assert said.endswith("/usr/local/cuda/bin/nvcc")
+    else:
+        assert said == f"13.0 at {nvcc}"
+    with contextlib.suppress(builder.BuildError):
+        assert said.endswith(str(builder._find_nvcc(builder.os.environ)))
 
 
 def test_doctor_says_why_for_every_operator(capsys):

@@ -533,10 +533,12 @@ def test_ffn_rows_past_int32_offsets(impl, device):
     big = torch.empty(2**31 + 64, device=device, dtype=torch.float16)
     x = big.as_strided((3, 64), (2**30, 1))
     x.copy_(randn(3, 64))
-    for op, inputs in (("bias_act", {"x": x}), ("glu", {"gate": x, "up": x})):
+    bias = randn(64, dtype=torch.float16, device=device)
+    for op, inputs in (("bias_act", {"x": x}), ("bias_act", {"x": x, "bias": bias}),
+                       ("glu", {"gate": x, "up": x})):  # fmt: skip
         near = {n: t.contiguous() for n, t in inputs.items()}
-        assert all_equal(grads_of(op, inputs, impl, activation="silu"),
-                         grads_of(op, near, impl, activation="silu"))  # fmt: skip
+        assert all_equal(grads_of(op, inputs, impl, x, activation="silu"),
+                         grads_of(op, near, impl, x.contiguous(), activation="silu"))  # fmt: skip
 
 
 def test_ffn_explain(device):

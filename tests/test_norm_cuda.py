@@ -314,19 +314,20 @@ def test_norm_cuda_mean_of_ten_thousand_deviations(cols, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
-@pytest.mark.parametrize("cols", [64, 8192 + 64])
-def test_norm_cuda_backward_past_int32_offsets(cols, impl, device):
+@pytest.mark.parametrize("cols", [64, 8192 + 64, WIDEST + 64, 5 * WIDEST])
+def test_norm_cuda_past_int32_offsets(cols, impl, device):
     # Rows 2**30 elements apart: the storage is committed lazily, a page a row is touched.
     def far(x):
         big = torch.empty(2**31 + cols, device=device, dtype=F16)
         return big.as_strided((3, cols), (2**30, 1)).copy_(x)
 
-    x, weight = randn(3, cols, dtype=F16, device=device), randn(cols, dtype=F16, device=device)
-    dy = randn(3, cols, dtype=F16, device=device, seed=1)
-    expected = outputs_and_gradients(impl, {"x": x, "weight": weight}, dy=dy)
-    assert all_equal(
-        outputs_and_gradients(impl, {"x": far(x), "weight": weight}, dy=far(dy)), expected
-    )
+    x, dy, residual = (randn(3, cols, dtype=F16, device=device, seed=i) for i in range(3))
+    weight = randn(cols, dtype=F16, device=device)
+    for rows in ({"x": x}, {"x": x, "residual": residual}):
+        distant = {name: far(t) for name, t in rows.items()}
+        expected = outputs_and_gradients(impl, {**rows, "weight": weight}, dy=dy)
+        actual = outputs_and_gradients(impl, {**distant, "weight": weight}, dy=far(dy))
+        assert all_equal(actual, expected)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -22,8 +24,9 @@ from fastlm.bench.machine import cpu_name
 from fastlm.cli._options import add_device, device_of
 from fastlm.cli._samples import sample_calls
 
-# What csrc/build.py takes, which is not installed.
+# What csrc/build.py takes, which is not installed, and what it says of another.
 _OLDEST_NVCC, _FIRST_UNKNOWN_NVCC = (12, 4), (14, 0)
+_INSTALL_NVCC = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
 _PACKAGES = ("numpy", "safetensors", "rich", "matplotlib", "transformers")
 
 
@@ -90,11 +93,12 @@ def _gpus() -> list[str]:
 
 
 def _nvcc() -> str:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [os.path.join(home, "bin", "nvcc") for home in homes if home]
-    nvcc = next((path for path in places if os.path.exists(path)), None) or shutil.which("nvcc")
+    nvcc = _nvcc_path()
     if nvcc is None:
-        return "not found (only building the CUDA C++ kernels needs it)"
+        return (
+            "not found; only building the CUDA C++ kernels needs it: install the CUDA toolkit and "
+            f"name it by CUDA_HOME, or {_INSTALL_NVCC}"
+        )
     try:
         answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -105,7 +109,18 @@ def _nvcc() -> str:
     said = f"{release[1]}.{release[2]} at {nvcc}"
     if _OLDEST_NVCC <= (int(release[1]), int(release[2])) < _FIRST_UNKNOWN_NVCC:
         return said
-    return f"{said}, not supported: the CUDA C++ kernels are built by 12.4 to 13"
+    return f"{said}, not supported: the CUDA C++ kernels are built by 12.4 to 13 ({_INSTALL_NVCC})"
+
+
+def _nvcc_path() -> str | None:
+    """The one that a build finds: csrc/build.py looks in the same places."""
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"))
+    in_home = lambda homes: [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    places = [
+        *in_home(named), shutil.which("nvcc"), *in_home(["/usr/local/cuda", *reversed(wheels)])
+    ]  # fmt: skip
+    return next((place for place in places if place and os.path.exists(place)), None)
 
 
 def _cuda_library() -> str:
