@@ -17,7 +17,7 @@ CALLS = [(op, options) for op, kinds in OPS.items() for options in kinds]
 
 
 def is_own(op, z_dtype) -> bool:
-    """LayerNorm in fp32 is torch's."""
+    """LayerNorm of few rows in fp32 is torch's."""
     return op == "rms_norm" or z_dtype != torch.float32
 
 
@@ -26,6 +26,7 @@ def chunks(monkeypatch):
     """Chunks of 64 elements for tensors of any size; gives the list of calls that were made."""
     monkeypatch.setattr(norm_ops, "_RMS_FROM", 0)
     monkeypatch.setattr(_norm_cpu, "_CHUNK", 64)
+    monkeypatch.setattr(_norm_cpu, "_CHUNK_BACKWARD", 64)
     return count_calls(monkeypatch)
 
 
@@ -168,3 +169,27 @@ def test_cpu_norm_may_be_written_to(op, chunks):
     (expected,) = torch.autograd.grad((fn(x, **inputs) * 2).sum(), x)
     (actual,) = torch.autograd.grad(fn(x, **inputs).mul_(2).sum(), x)
     assert chunks and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [128, 129, 2048])
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_norm_sums_of_many_rows(op, rows, dtype, monkeypatch):
+    """Which torch's own LayerNorm adds up one after the other: too inexactly from about 1,000 on."""
+    calls = count_calls(monkeypatch)
+    run_oracle(op, norm_inputs(op, rows, 96, [dtype] * 3))
+    many = rows > 128 if op == "layer_norm" else rows * 96 >= norm_ops._RMS_FROM
+    assert bool(calls) == (many or (op == "layer_norm" and dtype != torch.float32))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "bias"), ("x", "residual")])
+def test_cpu_norm_of_many_rows_computes_what_is_wanted(frozen, monkeypatch):
+    calls = count_calls(monkeypatch)
+    inputs = norm_inputs("layer_norm", 300, 24, [torch.float32] * 3)
+    with nan_filled_empty():
+        check_against_reference(fastlm.layer_norm, reference.layer_norm, inputs, frozen=frozen)
+    assert bool(calls) == (frozen != ("weight", "bias"))
+    calls.clear()
+    with torch.no_grad():
+        fastlm.layer_norm(**{n: t.requires_grad_() for n, t in inputs.items()})
+    assert not calls

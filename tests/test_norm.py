@@ -182,16 +182,17 @@ def test_norm_reference_is_torch(dtype):
     assert_close("rms_norm", reference.rms_norm(**i), torch_y, gold)
 
 
+@pytest.mark.parametrize("shape", [(9, 65), (2100, 65), (301, 768)], ids=str)  # more go by chunks
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("casting", ["llama", "gemma"])
-def test_rms_norm_is_bitwise_hugging_face(casting, dtype):
+def test_rms_norm_is_bitwise_hugging_face(casting, dtype, shape):
     if casting == "llama":
         from transformers.models.llama.modeling_llama import LlamaRMSNorm as Norm
     else:
         from transformers.models.gemma.modeling_gemma import GemmaRMSNorm as Norm
-    module = Norm(65).to(dtype)
+    module = Norm(shape[1]).to(dtype)
     module.weight.data.normal_()
-    x = randn(9, 65, dtype=dtype)
+    x = randn(*shape, dtype=dtype)
     y = fastlm.rms_norm(x, module.weight, eps=1e-6, casting=casting)
     assert torch.equal(y, module(x))
 

@@ -19,8 +19,9 @@ from fastlm.reference import norm as reference
 # Elements of a chunk: where its few passes are calls of their own, it stays in the nearest cache;
 # where torch makes most of them in one call, fewer calls count for more.
 _CHUNK, _CHUNK_BACKWARD = 2**17, 2**18
-# Rows which torch adds up one after the other, by whether the sum is rounded to a half.
-_ROWS = {False: 2**7, True: 2**10}
+# Rows that torch may add up one after the other, and by whether the sum is rounded to a half.
+ROWS_OF_TORCH = 2**7
+_ROWS = {False: ROWS_OF_TORCH, True: 2**10}
 _backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -47,7 +48,7 @@ class CpuNorm(torch.autograd.Function):
             rows = rows.to(out_dtype) if out_dtype == torch.float32 else rows
             y, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], scale, shift, eps)
         else:
-            y, rstd = _rms(rows, scale, eps, x_dtype if kind == "rms_llama" else None, out_dtype)
+            y, rstd = _rms(rows, scale, eps, kind, x_dtype, out_dtype)
             mean = torch.zeros_like(rstd)
         return in_shape(y.to(out_dtype), z.shape), mean, rstd
 
@@ -75,44 +76,50 @@ def _scale(weight: torch.Tensor | None, z: torch.Tensor, kind: str) -> torch.Ten
     return weight.float() + 1.0 if kind == "rms_gemma" else weight.float()
 
 
-def _chunks(rows: int, step: int) -> Iterator[slice]:
-    step = max(step, 1)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _blocks(step: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Chunks of rows of all tensors."""
+    return zip(*(t.split(max(step, 1)) for t in tensors), strict=True)
 
 
-class _Widened:
-    """Rows in fp32, a chunk at a time; of halves in one buffer, for fresh pages cost a pass."""
+class _Wide:
+    """Makes chunks of rows fp32: of halves in one buffer, for fresh pages cost a pass."""
 
     def __init__(self, rows: torch.Tensor, step: int):
-        self.rows, self.buffer = rows, None
+        self.buffer = None
         if rows.dtype != torch.float32:
             shape = min(max(step, 1), len(rows)), rows.shape[1]
             self.buffer = rows.new_empty(shape, dtype=torch.float32)
 
-    def part(self, chunk: slice) -> torch.Tensor:
-        rows = self.rows[chunk]
-        return rows if self.buffer is None else self.buffer[: len(rows)].copy_(rows)
+    def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk if self.buffer is None else self.buffer[: len(chunk)].copy_(chunk)
 
 
-def _rms(z, scale, eps: float, rounded: torch.dtype | None, out_dtype):
-    """y and rstd; `rounded` is the dtype to which z * rstd is rounded before the scale."""
+def _rms(z, scale, eps: float, kind: str, x_dtype: torch.dtype, out_dtype: torch.dtype):
+    """y and rstd."""
+    rounded = x_dtype if kind == "rms_llama" else None  # to which z * rstd is, before the scale
     y = z.new_empty(z.shape, dtype=out_dtype)
     rstd = z.new_empty((z.shape[0], 1), dtype=torch.float32)
     step = _CHUNK // z.shape[1]
-    widened = _Widened(z, step)
-    for chunk in _chunks(len(z), step):
-        part = widened.part(chunk)
-        r = torch.linalg.vector_norm(part, dim=1, keepdim=True, out=rstd[chunk])
-        r.square_().div_(z.shape[1]).add_(eps).rsqrt_()
-        whole = out_dtype == torch.float32 and rounded in (None, torch.float32)
-        own = part if z.dtype != torch.float32 else None  # the buffer may be written to, not z
-        out = torch.mul(part, r, out=y[chunk] if whole else own)
+    wide, half = _Wide(z, step), z.dtype != torch.float32
+    squares = None if kind == "rms" else y.new_empty(min(max(step, 1), len(z)), z.shape[1],
+                                                     dtype=torch.float32)  # fmt: skip
+    whole = out_dtype == torch.float32 and rounded in (None, torch.float32)
+    for z_c, y_c, r in _blocks(step, z, y, rstd):
+        part = wide(z_c)
+        if squares is None:
+            torch.linalg.vector_norm(part, dim=1, keepdim=True, out=r)
+            r.square_().div_(z.shape[1])
+        else:  # the very operations of Hugging Face's norms, whose bits these are
+            torch.mean(torch.square(part, out=squares[: len(part)]), 1, keepdim=True, out=r)
+        r.add_(eps).rsqrt_()
+        # A buffer may be written to, z may not.
+        out = torch.mul(part, r, out=y_c if whole else part if half else None)
         if rounded is not None and not whole:
             out = out.to(rounded).float()
         if scale is not None:
             out.mul_(scale)
         if not whole:
-            y[chunk].copy_(out)
+            y_c.copy_(out)
     return y, rstd
 
 
@@ -135,17 +142,19 @@ def _gradients(incoming, inputs, kept, options, needs):
         dz = torch.empty_like(rows, dtype=z.dtype) if whole else []
     halves = all(t is None or t.dtype.itemsize == 2 for t in (weight, bias))
     step = min(_CHUNK_BACKWARD // rows.shape[1], _ROWS[halves])
-    widened = [_Widened(t, step) for t in (dy, rows)]
-    for chunk in _chunks(len(rows), step) if by_chunk or need_weight or need_bias else ():
-        part = *(w.part(chunk) for w in widened), mean[chunk], rstd[chunk]
+    wide_dy, wide_z = _Wide(dy, step), _Wide(rows, step)
+    into = [dz] if by_chunk and whole else []
+    any_sum = by_chunk or need_weight or need_bias
+    for dy_c, z_c, *of_rows in _blocks(step, dy, rows, mean, rstd, *into) if any_sum else ():
+        part = wide_dy(dy_c), wide_z(z_c), *of_rows[:2]
         dpart, *vectors = call(*part, by_chunk, need_weight, need_bias)
         sums.append(vectors)
         if by_chunk:  # what its mean took away
             dmean = part[0].mean(1) if scale is None else (part[0] @ scale).div_(rows.shape[1])
             if whole:
-                torch.add(dpart, dmean[:, None] * rstd[chunk], out=dz[chunk])
+                torch.add(dpart, dmean[:, None] * part[3], out=of_rows[2])
             else:
-                dz.append(dpart + dmean[:, None] * rstd[chunk])
+                dz.append(dpart + dmean[:, None] * part[3])
     if isinstance(dz, list):
         dz = torch.cat(dz)
     total = lambda i, like: (
