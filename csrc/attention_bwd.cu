@@ -49,9 +49,10 @@ cudaError_t attention_bwd_delta(const AttentionBackwardParams& backward, cudaStr
   const int64_t heads = (p.cu_seqlens_q != nullptr ? 1 : int64_t{p.batch}) * p.nheads;
   const int64_t tiles = ceil_div<int64_t>(p.lse_stride_h, kDeltaThreads / lanes);
   if (heads * tiles == 0) return cudaSuccess;
-  auto* kernel = p.bf16 ? attention_delta_kernel<__nv_bfloat16> : attention_delta_kernel<__half>;
-  return launch(kernel, dim3(static_cast<unsigned>(heads * tiles)), kDeltaThreads, 0, stream,
-                backward, static_cast<int>(tiles), lanes);
+  const auto kernel = p.bf16 ? bounded<attention_delta_kernel<__nv_bfloat16>, kDeltaThreads, 0>
+                             : bounded<attention_delta_kernel<__half>, kDeltaThreads, 0>;
+  return launch(kernel, dim3(static_cast<unsigned>(heads * tiles)), stream, backward,
+                static_cast<int>(tiles), lanes);
 }
 
 cudaError_t attention_bwd_dq(const AttentionBackwardParams& params, cudaStream_t stream) {

@@ -258,9 +258,9 @@ cudaError_t launch_attention_dkv_pass(const AttentionBackwardParams& backward,
   const int64_t group = p.nheads / p.nheads_k;
   const int section =
       heads_in_work(p, 4 * group * p.seqlen_q * p.headdim, heads);
-  return launch(attention_dkv_kernel<T, D, kDropout, kDk, kDv>,
-                dim3(static_cast<unsigned>(heads * tiles)), kTile.threads(), kShared, stream,
-                backward, TileLaunch{tiles, section, p.scale * kLog2E});
+  return launch(bounded<attention_dkv_kernel<T, D, kDropout, kDk, kDv>, kTile.threads(), kShared>,
+                dim3(static_cast<unsigned>(heads * tiles)), stream, backward,
+                TileLaunch{tiles, section, p.scale * kLog2E});
 }
 
 template <typename T, int D, bool kDropout>

@@ -192,9 +192,10 @@ cudaError_t launch_attention_dq(const AttentionBackwardParams& backward, cudaStr
   if (heads * tiles == 0) return cudaSuccess;
   const int section =
       heads_in_work(p, int64_t{4} * p.seqlen_k * p.headdim, heads);
-  return launch(attention_dq_kernel<T, D, kDropout>, dim3(static_cast<unsigned>(heads * tiles)),
-                kTile.threads(), kTile.shared_bytes(D), stream, backward,
-                TileLaunch{tiles, section, p.scale * kLog2E});
+  return launch(
+      bounded<attention_dq_kernel<T, D, kDropout>, kTile.threads(), kTile.shared_bytes(D)>,
+      dim3(static_cast<unsigned>(heads * tiles)), stream, backward,
+      TileLaunch{tiles, section, p.scale * kLog2E});
 }
 
 template <int D>

@@ -373,8 +373,9 @@ cudaError_t launch_attention_fwd(const AttentionParams& p, cudaStream_t stream) 
   // same probabilities.
   const float scale_log2 = std::max(std::fabs(p.scale) * kLog2E, FLT_MIN);
   const TileLaunch launched{tiles, heads_in_work(p, int64_t{4} * p.seqlen_k * p.headdim, heads), scale_log2};
-  return launch(attention_fwd_kernel<T, D, kDropout>, dim3(static_cast<unsigned>(heads * tiles)),
-                kTile.threads(), kTile.shared_bytes(D), stream, p, launched);
+  return launch(
+      bounded<attention_fwd_kernel<T, D, kDropout>, kTile.threads(), kTile.shared_bytes(D)>,
+      dim3(static_cast<unsigned>(heads * tiles)), stream, p, launched);
 }
 
 template <int D>

@@ -198,9 +198,10 @@ cudaError_t launch_fwd(const BiasActForward& forward, cudaStream_t stream) {
   const Tiling tiling = tiling_of<T>(call.cols);
   const int64_t row_tiles = ceil_div<int64_t>(call.rows, kForwardRows * tiling.row_lanes());
   const dim3 grid(static_cast<unsigned>(row_tiles * tiling.col_tiles));
-  const auto kernel = is_whole_call<T>(call, {forward.y}) ? bias_act_fwd_kernel<T, true>
-                                                         : bias_act_fwd_kernel<T, false>;
-  return launch(kernel, grid, kTileThreads, 0, stream, forward, tiling);
+  const auto kernel = is_whole_call<T>(call, {forward.y})
+                          ? bounded<bias_act_fwd_kernel<T, true>, kTileThreads, 0>
+                          : bounded<bias_act_fwd_kernel<T, false>, kTileThreads, 0>;
+  return launch(kernel, grid, stream, forward, tiling);
 }
 
 template <typename T>
@@ -212,15 +213,14 @@ template <typename T>
 cudaError_t launch_bwd(BiasActBackward backward, cudaStream_t stream) {
   const BiasAct& call = backward.call;
   const Tiling tiling = tiling_of<T>(call.cols);
-  size_t shared = kTileThreads * Chunk<T>::kSize * sizeof(float);
-  if (backward.partials == nullptr) {
-    backward.groups = backward_tiles<T>(call);
-    shared = 0;
-  }
+  constexpr size_t kShared = kTileThreads * Chunk<T>::kSize * sizeof(float);
+  const bool sums = backward.partials != nullptr;
+  if (!sums) backward.groups = backward_tiles<T>(call);
   const dim3 grid(static_cast<unsigned>(backward.groups * tiling.col_tiles));
   const bool whole = is_whole_call<T>(call, {backward.dy, backward.dx, backward.y});
-  const auto kernel = whole ? bias_act_bwd_kernel<T, true> : bias_act_bwd_kernel<T, false>;
-  return launch(kernel, grid, kTileThreads, shared, stream, backward, tiling);
+  const auto most = whole ? bounded<bias_act_bwd_kernel<T, true>, kTileThreads, kShared>
+                          : bounded<bias_act_bwd_kernel<T, false>, kTileThreads, kShared>;
+  return launch(most.kernel, grid, kTileThreads, sums ? kShared : 0, stream, backward, tiling);
 }
 
 // As many as fill the device once: the fewer, the fewer rows of sums to add up.

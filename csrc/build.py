@@ -217,7 +217,7 @@ def build(folder: Path, tools: Tools, out: Path = OUT, *, strict: bool = True) -
         partial = folder / f"{name}.part"
         shutil.copyfile(out / name, partial)
         partial.rename(folder / name)
-    jobs = [json.loads((out / f"{o}.job").read_text()) for o in objects]
+    jobs = [json.loads((out / f"{o}.job").read_text()) for o in [*objects, module]]
     report = {
         "seconds": round(time.monotonic() - start, 1),
         "cpu_seconds": round(sum(job["cpu_seconds"] for job in jobs), 1),
@@ -255,7 +255,7 @@ def _write_ninja(out: Path, tools: Tools, strict: bool) -> list[str]:
         f"rule cuda\n  command = $job $out $nvcc $nvccflags {compile_}\n{depends}",
         f"rule cxx\n  command = $job $out $cxx $cxxflags {compile_}\n{depends}",
         "rule link\n  command = $cxx $in $linkflags -o $out",
-        "rule module\n  command = $cxx $moduleflags $in -o $out",
+        "rule module\n  command = $job $out $cxx $moduleflags $in -o $out",
     ]
     objects = []
     for source in [*sorted(CSRC.rglob("*.cu")), *sorted((CSRC / "bindings").glob("*.cpp"))]:
@@ -324,14 +324,12 @@ def _write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-# --- facts about the kernels, from what ptxas says
+# --- facts about the kernels, from what ptxas says and from the names of their launches' bounds
 
 
-def kernel_facts(out: Path = OUT, objects: list[str] | None = None) -> list[dict]:
-    """Of each kernel and target: registers, spilled bytes, static shared memory."""
-    logs = (
-        sorted(out.glob("*.cu.o.log")) if objects is None else [out / f"{o}.log" for o in objects]
-    )
+def kernel_facts(out: Path, objects: list[str]) -> list[dict]:
+    """Of each kernel and target: registers, spilled bytes, and the most threads and bytes of shared
+    memory, static and dynamic, of a block: -1 for all that it may have."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\w+)' for '(?P<target>\w+)'.*?"
         r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -339,29 +337,47 @@ def kernel_facts(out: Path = OUT, objects: list[str] | None = None) -> list[dict
         re.DOTALL,
     )
     facts = []
-    for log in logs:
+    for log in (out / f"{o}.log" for o in objects):
         for found in entry.finditer(log.read_text()):
-            shared = re.search(r"(\d+) bytes smem", found["rest"])
+            static = re.search(r"(\d+) bytes smem", found["rest"])
             facts.append({
                 "kernel": found["name"],
                 "target": found["target"],
                 "registers": int(found["registers"]),
                 "spills": int(found["stores"]) + int(found["loads"]),
-                "shared": int(shared[1]) if shared else 0,
+                "shared": int(static[1]) if static else 0,
             })  # fmt: skip
+    bounds = _bounds([out / o for o in objects])
     for fact, name in zip(facts, demangled([f["kernel"] for f in facts]), strict=True):
+        if name not in bounds:
+            raise BuildError(f"{name} is launched without `bounded` of csrc/arch/platform.cuh")
         fact["kernel"] = name
+        fact["threads"], dynamic = bounds[name]
+        fact["shared"] = fact["shared"] + dynamic if dynamic >= 0 else -1
     return sorted(facts, key=lambda f: (f["target"], f["kernel"]))
+
+
+def _bounds(objects: list[Path]) -> dict[str, tuple[int, int]]:
+    """Most threads and dynamic shared bytes of each kernel (-1: all), from names of `bounded`."""
+    text = subprocess.run(["nm", *objects], capture_output=True, text=True, check=True).stdout
+    symbols = _readable(re.findall(r"\b_ZN6fastlm7boundedI\w+", text))
+    # bounded<&(a_kernel<__half, 4>(Call)), 512, -1>, or bounded<&a_kernel, ... of no template
+    parts = (re.fullmatch(r"bounded<&\(?([^(]+?)(?:\(.*)?, (\d+), (-?\d+)>", s) for s in symbols)
+    return {part[1]: (int(part[2]), int(part[3])) for part in parts}
 
 
 def demangled(names: list[str]) -> list[str]:
     """`norm_fwd_kernel<__half, 4>` of each mangled name."""
+    return [name.split("(")[0] for name in _readable(names)]
+
+
+def _readable(names: list[str]) -> list[str]:
     filtered = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     ).stdout.split("\n")[: len(names)]
     for noise in ("(anonymous namespace)::", "fastlm::", "void "):
         filtered = [name.replace(noise, "") for name in filtered]
-    return [re.sub(r"\((?:int|bool)\)", "", name).split("(")[0] for name in filtered]
+    return [re.sub(r"\((?:int|bool)\)", "", name) for name in filtered]
 
 
 def _write_facts(out: Path, tools: Tools, objects: list[str]) -> None:
@@ -374,7 +390,7 @@ def _write_facts(out: Path, tools: Tools, objects: list[str]) -> None:
              "constexpr Kernel kKernels[] = {"]  # fmt: skip
     lines += [
         f"  {{{quote(f['kernel'])}, {quote(f['target'])}, {f['registers']}, {f['spills']},"
-        f" {f['shared']}}},"
+        f" {f['threads']}, {f['shared']}}},"
         for f in kernel_facts(out, objects)
     ]
     _write_if_changed(out / "build_facts.inc", "\n".join([*lines, "};"]) + "\n")

@@ -56,7 +56,8 @@ cudaError_t column_sums(const ColumnSum (&sums)[2], int64_t rows, int64_t cols,
   const int wanted = (sums[0].out != nullptr) + (sums[1].out != nullptr);
   if (cols == 0 || wanted == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(cols, kWarp) * wanted));
-  return launch(column_sums_kernel, grid, kWarps * kWarp, kWarps * kWarp * sizeof(float), stream,
+  constexpr int kThreads = kWarps * kWarp;
+  return launch(bounded<column_sums_kernel, kThreads, kThreads * sizeof(float)>, grid, stream,
                 sums[0].out != nullptr ? sums[0] : sums[1], sums[1], rows, cols);
 }
 

@@ -98,28 +98,29 @@ __global__ void __launch_bounds__(kTileThreads) glu_bwd_kernel(GluBackward call,
   });
 }
 
-template <typename T, typename Call>
-cudaError_t launch_tiles(void (*whole_kernel)(Call, Tiling), void (*ragged_kernel)(Call, Tiling),
-                         const Call& call, std::initializer_list<RowTensor> tensors,
+template <typename T, auto kWholeKernel, auto kRaggedKernel, typename Call>
+cudaError_t launch_tiles(const Call& call, std::initializer_list<RowTensor> tensors,
                          cudaStream_t stream) {
   bool whole = true;
   for (const RowTensor& each : tensors) whole = whole && is_whole<T>(each, call.rows, call.cols);
   const Tiling tiling = tiling_of<T>(call.cols);
   const int64_t row_tiles = ceil_div<int64_t>(call.rows, kRows * tiling.row_lanes());
   const dim3 grid(static_cast<unsigned>(row_tiles * tiling.col_tiles));
-  return launch(whole ? whole_kernel : ragged_kernel, grid, kTileThreads, 0, stream, call, tiling);
+  const auto kernel = whole ? bounded<kWholeKernel, kTileThreads, 0>
+                            : bounded<kRaggedKernel, kTileThreads, 0>;
+  return launch(kernel, grid, stream, call, tiling);
 }
 
 template <typename T>
 cudaError_t launch_fwd(const GluForward& call, cudaStream_t stream) {
-  return launch_tiles<T>(glu_fwd_kernel<T, true>, glu_fwd_kernel<T, false>, call,
-                         {call.gate, call.up, call.y}, stream);
+  return launch_tiles<T, glu_fwd_kernel<T, true>, glu_fwd_kernel<T, false>>(
+      call, {call.gate, call.up, call.y}, stream);
 }
 
 template <typename T>
 cudaError_t launch_bwd(const GluBackward& call, cudaStream_t stream) {
-  return launch_tiles<T>(glu_bwd_kernel<T, true>, glu_bwd_kernel<T, false>, call,
-                         {call.dy, call.gate, call.up, call.dgate, call.dup, call.y}, stream);
+  return launch_tiles<T, glu_bwd_kernel<T, true>, glu_bwd_kernel<T, false>>(
+      call, {call.dy, call.gate, call.up, call.dgate, call.dup, call.y}, stream);
 }
 
 }  // namespace

@@ -329,8 +329,8 @@ cudaError_t launch_rows(BackwardTypes<DY, Z, V>, const NormBackward& call, RowPl
                         bool aligned, cudaStream_t stream) {
   if (std::is_same_v<Z, Any>) plan = plan_of_any(plan, needs_of(call));
   plan.aligned = aligned;
-  return launch_plan(norm_bwd_kernel<DY, Z, V, false>, norm_bwd_kernel<DY, Z, V, true>, call, plan,
-                     stream);
+  return launch_plan<norm_bwd_kernel<DY, Z, V, false>, norm_bwd_kernel<DY, Z, V, true>>(call, plan,
+                                                                                        stream);
 }
 
 }  // namespace

@@ -388,15 +388,16 @@ cudaError_t launch_wide(BackwardTypes<DY, Z, V>, const NormBackward& call, Plan 
     // Rows in shared memory leave room for one block, which prepares for its next row.
     const int64_t most = plan.streams ? int64_t{device.multiprocessors} : call.rows;
     error = launch_phases(call.rows, call.splits, most, [&](Phase phase, dim3 blocks) {
-      return launch(norm_bwd_wide_kernel<DY, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
-                    phase);
+      const auto most = bounded<norm_bwd_wide_kernel<DY, Z, V>, kWideBlock, kAllShared>;
+      return launch(most.kernel, blocks, kWideBlock, shared, stream, call, plan, phase);
     });
     if (error != cudaSuccess) return error;
   }
   if (call.dweight_partials == nullptr && call.dbias_partials == nullptr) return cudaSuccess;
   const int64_t blocks = ceil_div<int64_t>(call.cols, kWarp * V) * call.partials;
-  return launch(norm_bwd_columns_kernel<DY, Z, V>, dim3(static_cast<unsigned>(blocks)),
-                kColumnsWarps * kWarp, kWarp * V * sizeof(float), stream, call, plan);
+  const auto kernel = bounded<norm_bwd_columns_kernel<DY, Z, V>, kColumnsWarps * kWarp,
+                              kWarp * V * sizeof(float)>;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), stream, call, plan);
 }
 
 }  // namespace

@@ -242,8 +242,8 @@ cudaError_t launch_rows(ForwardTypes<X, Z, V>, const NormForward& call, RowPlan 
                         const RowNeeds& needs, bool aligned, cudaStream_t stream) {
   if (std::is_same_v<X, Any>) plan = plan_of_any(plan, needs);
   plan.aligned = aligned;
-  return launch_plan(norm_fwd_kernel<X, Z, V, false>, norm_fwd_kernel<X, Z, V, true>, call, plan,
-                     stream);
+  return launch_plan<norm_fwd_kernel<X, Z, V, false>, norm_fwd_kernel<X, Z, V, true>>(call, plan,
+                                                                                      stream);
 }
 
 }  // namespace

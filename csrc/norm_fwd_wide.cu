@@ -344,8 +344,8 @@ cudaError_t launch_wide(ForwardTypes<X, Z, V>, const NormForward& call, Plan pla
   plan.streams = plan.keeps_shared && KeptRow<X, Z, V>::kStreams && call.residual.ptr == nullptr &&
                  call.dropout.seed == nullptr;
   const auto launch_phase = [&](Phase phase, dim3 blocks) {
-    return launch(norm_fwd_wide_kernel<X, Z, V>, blocks, kWideBlock, shared, stream, call, plan,
-                  phase);
+    const auto most = bounded<norm_fwd_wide_kernel<X, Z, V>, kWideBlock, kAllShared>;
+    return launch(most.kernel, blocks, kWideBlock, shared, stream, call, plan, phase);
   };
   return launch_phases(call.rows, call.splits, device.multiprocessors, launch_phase);
 }

@@ -366,12 +366,12 @@ inline RowPlan plan_of_any(RowPlan plan, const RowNeeds& needs) {
 }
 
 // Launches the kernel for rows of parts of a warp, or that for rows of whole warps.
-template <typename Kernel, typename Call>
-cudaError_t launch_plan(Kernel* parts, Kernel* warps, const Call& call, const RowPlan& plan,
-                        cudaStream_t stream) {
+template <auto kParts, auto kWarps, typename Call>
+cudaError_t launch_plan(const Call& call, const RowPlan& plan, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(plan.blocks));
-  return launch(plan.lanes < kWarp ? parts : warps, blocks, plan.threads, plan.shared_bytes, stream,
-                call, plan);
+  const auto most = plan.lanes < kWarp ? bounded<kParts, kRowThreads, kAllShared>
+                                       : bounded<kWarps, kRowThreads, kAllShared>;
+  return launch(most.kernel, blocks, plan.threads, plan.shared_bytes, stream, call, plan);
 }
 
 }  // namespace fastlm

@@ -281,19 +281,8 @@ def test_every_declared_operator_is_implemented():
     assert declared and declared == _operators()
 
 
-@pytest.fixture(scope="module")
-def facts():
-    """`fastlm._C` of the build."""
-    import importlib.util
-
-    (path,) = cuda_gate.build().glob("_C.*.so")
-    spec = importlib.util.spec_from_file_location("fastlm._C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_facts(facts):
+def test_facts():
+    facts = cuda_gate.facts()
     info = facts.build_info()
     assert info["targets"] == ["sm_80", "sm_90a"] and info["torch"] == torch.__version__
     kernels = facts.kernels()
@@ -301,17 +290,44 @@ def test_facts(facts):
     assert all(k["registers"] > 0 and k["spills"] >= 0 for k in kernels)
 
 
-def test_occupancy(facts):
+def test_facts_have_what_launches_ask_for():
+    rows = {(k["kernel"], k["target"]): k for k in cuda_gate.facts().kernels()}
+    tile = (2 * 4 * 16 + 3 * 64) * 64 * 2  # of csrc/attention_fwd.cuh: q, and a ring of k and v
+    forward = rows["attention_fwd_kernel<__half, 64, false>", "sm_80"]
+    assert (forward["threads"], forward["shared"], forward["occupancy"]) == (128, tile, 2)
+    assert rows["column_sums_kernel", "sm_80"]["shared"] == 512 * 4
+    assert rows["glu_fwd_kernel<float, true>", "sm_80"]["shared"] == 0
+    # Rows in shared memory take what there is, so that a multiprocessor has one block.
+    norm = "norm_fwd_kernel<float, float, 4, true>"
+    assert [rows[norm, t]["shared"] for t in ("sm_80", "sm_90a")] == [163 * 1024, 227 * 1024]
+    assert rows[norm, "sm_90a"]["threads"] == 512 and rows[norm, "sm_90a"]["occupancy"] == 1
+
+
+def test_occupancy():
+    facts = cuda_gate.facts()
     kernel = min(facts.kernels(), key=lambda k: k["registers"])
     name, target = kernel["kernel"], kernel["target"]
+    assert facts.occupancy(name, target) == kernel["occupancy"]
     by_registers = 65536 // (-(-kernel["registers"] * 32 // 256) * 256 * 8)
-    assert facts.occupancy(name, 256, 0, target) == min(8, by_registers)
-    half = (164 if target == "sm_80" else 228) * 1024 // 2
-    assert facts.occupancy(name, 256, half, target) == 1, "1 KiB of each block is reserved"
+    assert facts.occupancy(name, target, 256, 0) == min(8, by_registers)
+    most = (163 if target == "sm_80" else 227) * 1024
+    assert facts.occupancy(name, target, shared=most) == 1
+    half = (most + 1024) // 2
+    assert facts.occupancy(name, target, 256, half) == 1, "1 KiB of each block is reserved"
+    assert facts.occupancy(name, target, 256, half - 1024) == 2
     with pytest.raises(ValueError, match="kernel must be one of kernels"):
-        facts.occupancy("no_such_kernel", 256, 0, target)
+        facts.occupancy("no_such_kernel", target)
     with pytest.raises(ValueError, match="threads must be from 1 to 1024, got 2048"):
-        facts.occupancy(name, 2048, 0, target)
+        facts.occupancy(name, target, threads=2048)
+    with pytest.raises(ValueError, match=f"shared must be from 0 to {most}, got -1"):
+        facts.occupancy(name, target, shared=-1)
+
+
+def test_a_kernel_without_bounds_is_refused(monkeypatch):
+    cuda_gate.build()
+    monkeypatch.setattr(builder, "_bounds", lambda objects: {})
+    with pytest.raises(builder.BuildError, match="column_sums_kernel is launched without"):
+        builder.kernel_facts(cuda_gate.OUT, ["column_sum.cu.o"])
 
 
 def test_kernels_keep_their_rules_and_the_golden_table():
@@ -332,6 +348,8 @@ def test_kernels_keep_their_rules_and_the_golden_table():
         ({}, None),
         ({"spills": 8}, "spills 8 bytes"),
         ({"kernel": "attention_fwd_kernel<__half, 256, false>", "spills": 8}, "spills 8 bytes"),
+        ({"shared": 163 * 1024}, None),
+        ({"shared": 163 * 1024 + 1}, "asks for 166913 bytes of shared memory, 166912 are there"),
         ({"mma": 0}, "multiplies without tensor cores"),
         ({"load_bits": 64}, "loads 64 bits at a time, 128 are possible"),
         (
@@ -344,6 +362,7 @@ def test_kernels_keep_their_rules_and_the_golden_table():
 def test_rules(changes, rule):
     row = {
         "target": "sm_80", "kernel": "attention_fwd_kernel<__half, 64, false>", "registers": 255,
-        "spills": 0, "shared": 0, "load_bits": 128, "store_bits": 128, "mma": 64,
+        "spills": 0, "threads": 128, "shared": 40960, "occupancy": 2, "load_bits": 128,
+        "store_bits": 128, "mma": 64,
     }  # fmt: skip
     assert list(broken_rules(Row(**{**row, **changes}))) == ([rule] if rule else [])

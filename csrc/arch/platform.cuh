@@ -50,6 +50,22 @@ __device__ inline void forget(int64_t& x) {
 #endif
 }
 
+// A kernel, and the most threads of a block and bytes of shared memory that its launches ask for;
+// kAllShared: as many as the device has for a block. csrc/build.py reads them in the object files,
+// where `used` keeps the names of all `bounded`, and fastlm._C has them.
+constexpr int kAllShared = -1;
+
+template <typename... Params>
+struct Bounded {
+  void (*kernel)(Params...);
+  int threads, shared_bytes;
+};
+template <typename... Params>
+Bounded(void (*)(Params...), int, int) -> Bounded<Params...>;
+
+template <auto kKernel, int kThreads, int kSharedBytes>
+__attribute__((used)) constexpr Bounded bounded{kKernel, kThreads, kSharedBytes};
+
 // Launches kernel(args...) and returns what the launch itself says; faults inside come later.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
@@ -68,6 +84,14 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 #endif
+}
+
+// The same with all threads and bytes that `most` has.
+template <typename... Params, typename... Args>
+cudaError_t launch(const Bounded<Params...>& most, dim3 grid, cudaStream_t stream,
+                   const Args&... args) {
+  return launch(most.kernel, grid, most.threads, static_cast<size_t>(most.shared_bytes), stream,
+                args...);
 }
 
 }  // namespace fastlm

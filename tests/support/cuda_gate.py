@@ -3,8 +3,8 @@
     python tests/support/cuda_gate.py [--update]         # print the table, or write the golden one
 
 The build is csrc/build.py's own, of all targets, into build/cuda; a second one compiles what has
-changed. Needs no GPU. Registers, spills and static shared memory are ptxas's; the widths of global
-accesses come from the SASS, by the cuobjdump of triton's wheel.
+changed. Needs no GPU. The widths of global accesses and the tensor-core instructions come from the
+SASS, by the cuobjdump of triton's wheel; the rest is what `_C` says.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ LIBRARY = PACKAGE / "libfastlm_cuda.so"
 class Row:
     """One kernel of one target.
 
-    `spills` and `shared` (static) are bytes. Half of the bytes that its load instructions read from
-    global memory come in pieces of at least `load_bits`, of its stores `store_bits`; 0 for none.
-    `mma` is the number of tensor-core instructions in its code.
+    `spills` and `shared` are bytes; `threads` and `shared` are the most that a launch asks for a
+    block, and `occupancy` is how many such blocks a multiprocessor holds at a time. Half of the
+    bytes that its load instructions read from global memory come in pieces of at least `load_bits`,
+    of its stores `store_bits`; 0 for none. `mma` is the number of tensor-core instructions in its
+    code.
     """
 
     target: str
     kernel: str
     registers: int
     spills: int
+    threads: int
     shared: int
+    occupancy: int
     load_bits: int
     store_bits: int
     mma: int
@@ -71,21 +75,33 @@ def build() -> Path:
     return PACKAGE
 
 
+@functools.cache
+def facts():
+    """`fastlm._C` of the build."""
+    (path,) = build().glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("fastlm._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def rows() -> list[Row]:
     """What the compiler made of every kernel that the library holds."""
-    build()
+    kernels = facts().kernels()
     accesses = _accesses()
+    columns = ("load_bits", "store_bits", "mma")
     return sorted(
-        Row(f["target"], f["kernel"], f["registers"], f["spills"], f["shared"],
-            *accesses[f["target"], f["kernel"]])
-        for f in builder().kernel_facts()
-    )  # fmt: skip
+        Row(**fact, **dict(zip(columns, accesses[fact["target"], fact["kernel"]], strict=True)))
+        for fact in kernels
+    )
 
 
 def broken_rules(row: Row) -> Iterator[str]:
     """What a kernel must keep whatever the golden table says."""
     if row.spills:
         yield f"spills {row.spills} bytes"
+    if row.shared > BLOCK_SHARED[row.target]:
+        yield f"asks for {row.shared} bytes of shared memory, {BLOCK_SHARED[row.target]} are there"
     if row.mma == 0 and re.match(r"attention_(?!delta)\w+_kernel", row.kernel):
         yield "multiplies without tensor cores"
     for pattern, load_bits, store_bits in WIDE:
@@ -95,6 +111,8 @@ def broken_rules(row: Row) -> Iterator[str]:
             if row.store_bits < store_bits:
                 yield f"stores {row.store_bits} bits at a time, {store_bits} are possible"
 
+
+BLOCK_SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}  # bytes that a block may have
 
 # Kernels that promise wide accesses, with the bits of their loads and stores; the others are for
 # what is not aligned, or write few bytes. Where halves go with floats in vectors of 4, halves take
