@@ -174,8 +174,8 @@ def test_cpu_norm_may_be_written_to(op, chunks):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [128, 129, 2048])
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_norm_sums_of_many_rows(op, rows, dtype, monkeypatch):
-    """Which torch's own LayerNorm adds up one after the other: too inexactly from about 1,000 on."""
+def test_cpu_norm_takes_many_rows(op, rows, dtype, monkeypatch):
+    """Which torch's own LayerNorm adds up one after the other: too inexactly from 1,000 on."""
     calls = count_calls(monkeypatch)
     run_oracle(op, norm_inputs(op, rows, 96, [dtype] * 3))
     many = rows > 128 if op == "layer_norm" else rows * 96 >= norm_ops._RMS_FROM

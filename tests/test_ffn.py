@@ -530,15 +530,13 @@ def test_ffn_opcheck(impl, device):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_ffn_rows_past_int32_offsets(impl, device):
     # Three rows 2**30 elements apart: the storage is committed lazily, few pages are touched.
-    big = torch.empty(2**31 + 64, device=device, dtype=torch.float16)
-    x = big.as_strided((3, 64), (2**30, 1))
+    x = torch.empty(2**31 + 64, device=device, dtype=torch.float16).as_strided((3, 64), (2**30, 1))
     x.copy_(randn(3, 64))
-    bias = randn(64, dtype=torch.float16, device=device)
-    for op, inputs in (("bias_act", {"x": x}), ("bias_act", {"x": x, "bias": bias}),
-                       ("glu", {"gate": x, "up": x})):  # fmt: skip
+    biased = {"x": x, "bias": randn(64, dtype=torch.float16, device=device)}
+    for op, inputs in ("bias_act", {"x": x}), ("bias_act", biased), ("glu", {"gate": x, "up": x}):
         near = {n: t.contiguous() for n, t in inputs.items()}
-        assert all_equal(grads_of(op, inputs, impl, x, activation="silu"),
-                         grads_of(op, near, impl, x.contiguous(), activation="silu"))  # fmt: skip
+        far = grads_of(op, inputs, impl, x, activation="silu")
+        assert all_equal(far, grads_of(op, near, impl, x.contiguous(), activation="silu"))
 
 
 def test_ffn_explain(device):

@@ -8,6 +8,7 @@ write.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -20,7 +21,7 @@ from fastlm.bench.case import Case, Work, make_case, randn
 
 
 def norm_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """LayerNorm, LayerNorm of a residual sum, RMSNorm."""
+    """LayerNorm, LayerNorm of a residual sum, with dropout before it, RMSNorm."""
     table = shapes.NORM_LARGE if device.type == "cuda" else shapes.NORM_CPU
     for name, s in _first(table, quick):
         rows = lambda seed, s=s: randn(s.rows, s.cols, dtype=dtype, device=device, seed=seed)
@@ -41,11 +42,29 @@ def norm_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
             Work("GB/s", 3 * moved, 3 * moved),
         )  # fmt: skip
         if not quick:
+            yield _dropped_norm_case(f"{name}/drop_add_layer_norm {size}", layer, rows(4), moved)
             yield make_case(
                 "norm", f"{name}/rms_norm {size}", "rms_norm", {"x": rows(1), "weight": cols(2)},
                 {"eps": 1e-6}, lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6),
                 Work("GB/s", 2 * moved, 3 * moved),
             )  # fmt: skip
+
+
+def _dropped_norm_case(shape: str, layer: dict, residual: torch.Tensor, moved: float) -> Case:
+    """The gradients of x and of the residual differ where x is dropped: both are written."""
+    seed = torch.tensor(7, device=residual.device)  # on the device, as in a CUDA graph
+    tensors = layer | {"residual": residual, "seed": seed}
+
+    def make(dropout_p: float) -> Case:
+        return make_case(
+            "norm", shape, "layer_norm", tensors, {"dropout_p": dropout_p},
+            lambda x, weight, bias, residual, seed: F.layer_norm(
+                residual + F.dropout(x, dropout_p), weight.shape, weight, bias
+            ),
+            Work("GB/s", 3 * moved, 4 * moved),
+        )  # fmt: skip
+
+    return dataclasses.replace(make(0.1), undropped=make(0.0))
 
 
 def ffn_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:

@@ -28,7 +28,7 @@ class Row:
     rate: float
     unit: str  # of rate: TFLOP/s or GB/s
     of_ceiling: float  # rate over what the device reached in a matrix product, or a copy
-    peak_mb: float | None  # allocated during the call, beside its inputs; None on a CPU
+    peak_mb: float | None  # allocated during the call, beside its inputs
     max_error: float
     of_bound: float
     device: str
@@ -72,7 +72,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text, a block for every case and pass; "vs torch" above 1 is faster than torch.
+    """Rows as text, a block for every case and pass; "vs torch" above 1 is faster than torch, the
+    floor is the time of the case's bytes, or operations, at the speed of the ceiling.
 
     "host" is the CPU's time for a call to a GPU; with a star the GPU's time holds it too, because
     no CUDA graph could be made of the call.
@@ -82,7 +83,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if (row.op, row.shape, row.dtype, row.direction) != block:
             block = (row.op, row.shape, row.dtype, row.direction)
-            lines += ["", f"{row.op}  {row.shape}  {row.dtype}  {row.direction}"]
+            floor = row.median_ms * row.of_ceiling
+            title = f"{row.op}  {row.shape}  {row.dtype}  {row.direction}"
+            lines += ["", f"{title}  floor {floor:.3f} ms"]
             lines.append(
                 f"  {'provider':<{width}}{'ms':>10}{'p20-p80':>20}{'host':>8}{'vs torch':>10}"
                 f"{row.unit:>10}{'of ceiling':>12}{'max error':>11}{'of bound':>10}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -49,17 +52,35 @@ def measure(
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
-    """Megabytes that a GPU's allocator held during the call beyond what it held before; None on a
-    CPU, where torch counts none. Calls once before: what is made once does not count."""
+    """Megabytes that the call needed at its peak beyond what was held before: of a GPU's allocator,
+    or of this process, where Linux tells. Calls once before: what is made once does not count."""
     call()
     if device.type != "cuda":
-        return None
+        return _peak_of_process(call)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def _peak_of_process(call: Callable[[], object]) -> float | None:
+    """Of resident memory, which torch's allocator for a CPU does not count itself."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or the call would find free pages that count already
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+        before = _resident("VmRSS")
+        call()
+        return (_resident("VmHWM") - before) / 1e6
+    except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or not allowed
+        return None
+
+
+def _resident(name: str) -> int:
+    """Bytes, by its name in /proc/self/status, which has them in kB."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 
 def _on_gpu(call: Callable[[], object], seconds: float) -> Times:
