@@ -25,6 +25,7 @@ from fastlm.testing import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = ["triton", "cuda"]
 IMPLS = ["torch", *KERNELS]
+IN_EVERY_MODE = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.sanitized)]
 SEED = 0x1234_5678_9ABC_DEF0
 
 
@@ -53,7 +54,7 @@ def run_oracle(op, impl, inputs, check=check_against_reference, **options):
         )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IN_EVERY_MODE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SMALL)
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
