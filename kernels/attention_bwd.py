@@ -67,7 +67,10 @@ def _attention_bwd_delta_kernel(
     D: tl.constexpr, PLAIN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in its scores' base, +inf for rows without keys: exp2(s - inf) is then 0."""
+    """delta, and lse in its scores' base, +inf for rows without keys: exp2(s - inf) is then 0.
+
+    Bytes a row, of elements of e: reads do, out and lse, writes two fp32: 2 D e + 12; dlse 4 more.
+    """
     tiles = tl.cdiv(M, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     batch = (batch_head // H).to(tl.int64)
@@ -169,6 +172,8 @@ def _attention_bwd_dq_kernel(
 
     M, N: lengths, of packed sequences the longest's. T: rows of a head in lse and delta.
     k_desc, v_desc: from `block_descriptors`, for the blocks of keys that all rows see, or None.
+    Bytes a row, of elements of e: reads q, do, lse and delta, writes dq: (2 D + DV) e + 8. For each
+    key that a tile sees k and v, (D + DV) e, which tiles in work at a time share in the L2 cache.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)
@@ -343,9 +348,9 @@ def _attention_bwd_dk_dv_kernel(
 ):  # fmt: skip
     """dk and dv of one block of keys of one key head, over all query heads of its group.
 
-    q_desc, do_desc: from `block_descriptors`, for the rows that see all of the keys, or None.
-    Keys from N on get nonsense in rows of their own, which are not stored, or stored as 0.
-    """
+    q_desc, do_desc: from `block_descriptors`, for rows that see all keys, or None. Keys from N on
+    get nonsense in their own rows, not stored or stored as 0. Bytes a key, of elements of e: k, v,
+    dk, dv: 2 (D + DV) e; q, do, lse, delta once for each row that sees the block, from L2."""
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(N, BLOCK_N), False, section)
     H_K = H // GROUP
     batch = (batch_head // H_K).to(tl.int64)

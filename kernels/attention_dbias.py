@@ -101,8 +101,8 @@ def _attention_dbias_kernel(
 
     The result has OH heads and kept_m by kept_n tiles; summed are LH heads of each, loops_m by
     loops_n tiles and the rest of `loops` batches. KIND: "bias", "table" (out is (buckets, OH)),
-    "alibi" (out is (batch, OH)), or "delta" (out is (batch, OH, M) or packed).
-    """
+    "alibi" (out (batch, OH)), or "delta" (out (batch, OH, M) or packed). Bytes a tile of elements
+    of e: reads (BLOCK_M + BLOCK_N) (D + DV) e, mostly from L2; without v, e a pair for do v^T."""
     split = tl.program_id(0) % splits
     piece = tl.program_id(0) // splits
     tile_n = piece % kept_n

@@ -65,7 +65,10 @@ def _attention_decode_append_kernel(
     D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Writes some heads of one new key and value into the caches."""
+    """Writes some heads of one new key and value into the caches.
+
+    Bytes a key of a head, of elements of e: reads and writes k and v: 2 (D + DV) e.
+    """
     tiles = tl.cdiv(H_K, BLOCK_H)
     head = (tl.program_id(0) % tiles) * BLOCK_H
     token = tl.program_id(0) // tiles
@@ -119,6 +122,8 @@ def _attention_decode_kernel(
 
     Query m is at key m + n_k - M, or at m where top_left, and sees `left` keys before and `right`
     after that. SPLIT: out is fp32 (splits, B, M, H, DV) and lse, in base 2, (splits, B, M, H).
+    Bytes a key of a key head, of elements of e: k and v once a tile of rows: (D + DV) e. A row:
+    reads q, D e, for each split; writes out and lse, DV e + 4, with SPLIT 4 DV + 4 a split.
     """
     tiles = tl.cdiv(M * GROUP, BLOCK_M)
     first_row = tl.program_id(0) % tiles * BLOCK_M
@@ -213,7 +218,11 @@ def _attention_decode_combine_kernel(
     split_out_ptr, split_lse_ptr, sinks_ptr, out_ptr, lse_ptr, H, M, rows_total, splits,
     DV: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of some rows (batch, query, head), in their order."""
+    """Adds up the splits of some rows (batch, query, head), in their order.
+
+    Bytes a row, of elements of e: reads 4 DV + 4 a split that has keys, writes out and lse,
+    DV e + 4.
+    """
     first_row = tl.program_id(0) * BLOCK_R
     rows = first_row + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_DV)

@@ -181,6 +181,9 @@ def _attention_fwd_kernel(
 
     M, N: lengths, of packed sequences the longest's. T: rows of a head in lse.
     k_desc, v_desc: from `block_descriptors`, for the blocks of keys that all rows see, or None.
+    Bytes a row, of elements of e: reads q, writes out and lse: (D + DV) e + 4. For each key that a
+    tile sees k and v, (D + DV) e, which tiles in work at a time share in the L2 cache; for each
+    pair the element of a mask or a bias.
     """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, section)
     batch = (batch_head // H).to(tl.int64)

@@ -86,7 +86,11 @@ def _attention_weights_fwd_kernel(
     UNIT: tl.constexpr, UNIT_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of w. Strides count UNIT elements, those of w UNIT_W."""
+    """One tile of w. Strides count UNIT elements, those of w UNIT_W.
+
+    Bytes a pair of elements of e: w is written, e, and D e / BLOCK_N of q and D e / BLOCK_M of k
+    are read, which tiles in work at a time share in the L2 cache; 4 / BLOCK_N of lse.
+    """
     tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     start = tl.program_id(0) % tiles_n * BLOCK_N
     first_row = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
@@ -139,7 +143,11 @@ def _attention_weights_bwd_dq_kernel(
     UNIT: tl.constexpr, UNIT_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq and dlse of one tile of queries of one head. Strides as in the forward."""
+    """dq and dlse of one tile of queries of one head. Strides as in the forward.
+
+    Bytes a pair of elements of e: dw is read, e, and D e / BLOCK_M of k, from the L2 cache. A row:
+    q and dq, 2 D e, and 8 of lse and dlse.
+    """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(M, BLOCK_M), True, 1)
     batch = (batch_head // H).to(tl.int64)
     head = (batch_head % H).to(tl.int64)
@@ -205,7 +213,11 @@ def _attention_weights_bwd_dk_kernel(
     UNIT: tl.constexpr, UNIT_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk of one block of keys of one key head, over all query heads of its group."""
+    """dk of one block of keys of one key head, over all query heads of its group.
+
+    Bytes a pair of elements of e: dw is read, e, and (D e + 4) / BLOCK_N of q and lse, from the L2
+    cache. A key: k and dk, 2 D e.
+    """
     tile, batch_head = tile_and_head(tl.program_id(0), tl.cdiv(N, BLOCK_N), False, 1)
     H_K = H // GROUP
     batch = (batch_head // H_K).to(tl.int64)

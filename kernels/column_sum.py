@@ -3,8 +3,7 @@
     out[v, n] = sum_m partial[v, m, n]
 
 One launch reads each partial once and writes up to two vectors (dweight and dbias), each in its own
-dtype. Rows are added in a fixed order, so the same partials give the same bits. That is 4 bytes for
-an element of the partials, and the size of one in a vector for each column.
+dtype. Rows are added in a fixed order, so the same partials give the same bits.
 """
 
 from __future__ import annotations
@@ -40,7 +39,10 @@ def _column_sum_kernel(
     first_ptr, second_ptr, first_out_ptr, second_out_ptr, M, N, blocks,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of the first or, past `blocks`, of the second partial (M, N)."""
+    """A block of columns of the first or, past `blocks`, of the second partial (M, N).
+
+    Bytes an element of a partial: it is read, 4. A column: its sum, in the vector's dtype.
+    """
     program = tl.program_id(0)
     if second_ptr is None:
         _sum_columns(first_ptr, first_out_ptr, program, M, N, BLOCK_M, BLOCK_N)

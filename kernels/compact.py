@@ -4,10 +4,6 @@ How many rows of a batch are kept (targets that are not ignored) only the device
 writes their indices in order, and their number into device memory; the kernels here read that
 number. Grids have the size for all rows: programs without a row return at once, nothing waits.
 
-Bytes, of elements of e: `compact` reads a target (4 or 8) a row and writes 4 a kept row; to gather
-reads and writes an element of a kept row, 2 e, to scatter reads the fp32 parts of a product and
-writes it, 4 * parts + e; column sums read one once, e. Products: kernels/linear_loss.py.
-
 A buffer of gathered rows ends with zeros up to the next multiple of `row_padding`, so that a
 product along rows needs no mask: what lies behind is not read.
 """
@@ -48,7 +44,11 @@ def _compact_kernel(
     target_ptr, class_weight_ptr, index_ptr, count_ptr, total_ptr, T, V, stride_t, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: indices of kept rows, their number, and the sum of their targets' weights."""
+    """One program: indices of kept rows, their number, and the sum of their targets' weights.
+
+    Bytes a row: reads its target, 4 or 8; of a kept row writes its index, 4, and with class weights
+    reads one.
+    """
     count = tl.zeros([1], tl.int32)
     total = tl.zeros([1], tl.float32)
     for start in range(0, T, BLOCK):
@@ -74,7 +74,10 @@ def _gather_kernel(
     x_ptr, index_ptr, count_ptr, out_ptr, stride_xm, stride_xn, stride_om, ROWS, N, blocks_n, first,
     PADDING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out[r] = x[index[first + r]] for kept rows; zeros behind them."""
+    """A tile of out[r] = x[index[first + r]] for kept rows; zeros behind them.
+
+    Bytes an element of e of a kept row: reads x, writes out: 2 e, 4 for halves.
+    """
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     left = rows_left(count_ptr, first, ROWS)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,7 +96,10 @@ def _scatter_kernel(
     partial_ptr, index_ptr, count_ptr, out_ptr, stride_s, stride_om, ROWS, N, blocks_n, first,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out[index[first + r]] = the sum of a product's parts, for kept rows."""
+    """A tile of out[index[first + r]] = the sum of a product's parts, for kept rows.
+
+    Bytes an element of e of a kept row: reads parts in fp32, writes out: 4 SPLITS + e.
+    """
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     left = rows_left(count_ptr, first, ROWS)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,6 +178,10 @@ def _matmul_tile(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
+    if TRANS_B:
+        # What lies between N and the stride belongs to the row, and becomes 0: with N, which need
+        # not be a multiple of 8, the mask would cut stores into single elements.
+        mask = (rows < M)[:, None] & (cols < stride_c)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     c = c_ptr + tl.cast(split, tl.int64) * stride_split if SPLITS > 1 else c_ptr
@@ -196,6 +206,9 @@ def _matmul_kernel(
     Not ALONG_ROWS: c (M, N) = a (M, K) b, where M is at most ROWS; b is (N, K) with TRANS_B, else
     (K, N). ALONG_ROWS: c (M, N) = a^T b, a is (K, M), b (K, N), and K is at most ROWS. Rows are
     counted from `first`. Tiles that share the larger operand's tile are neighbours.
+    Bytes an element of e of c: writes SPLITS parts of it, SPLITS e; with ACCUMULATE reads it too,
+    2 e. Operands: of elements of f, K f / BLOCK_N of a and K f / BLOCK_M of b, which tiles in work
+    at a time share in the L2 cache.
     """
     left = rows_left(count_ptr, first, ROWS)
     tiles = tl.cdiv(M if ALONG_ROWS else left, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -221,7 +234,10 @@ def _column_sum_kernel(
     x_ptr, count_ptr, out_ptr, stride_xm, ROWS, N, first,
     ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns: out, or out + it = the sum over kept rows, in fp32."""
+    """A block of columns: out, or out + it = the sum over kept rows, in fp32.
+
+    Bytes an element of e of a kept row: it is read, e. A column: 4, with ACCUMULATE 8.
+    """
     left = rows_left(count_ptr, first, ROWS)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < stride_xm  # what lies between N and the stride is read, and dropped
@@ -319,7 +335,8 @@ def rows_times_weight(
     x: torch.Tensor, weight: torch.Tensor, bias, count, first: int, out: torch.Tensor,
     config: MatmulConfig,
 ) -> None:  # fmt: skip
-    """Kept rows of out (rows, vocab) = x @ weight.T + bias; x (rows, dim), weight (vocab, dim)."""
+    """Kept rows of out (rows, >= vocab) = x @ weight.T + bias, and what a tile has behind column
+    `vocab`, zeros; x (rows, dim), weight (vocab, dim)."""
     _launch(x, weight, out, bias, count, first, config, trans_b=True)
 
 
@@ -349,7 +366,7 @@ def _launch(
     a, b, c, bias, count, first, config, trans_b=False, along_rows=False, accumulate=False
 ) -> None:
     rows, splits = a.shape[0], c.shape[0] if c.dim() == 3 else 1
-    M, N, K = rows, c.shape[-1], a.shape[1]
+    M, N, K = rows, b.shape[0] if trans_b else b.shape[1], a.shape[1]
     block_a, block_b = (config.block_m, config.block_k), (config.block_k, config.block_n)
     if along_rows:
         M, K, block_a = a.shape[1], rows, block_a[::-1]

@@ -4,14 +4,13 @@
     dz = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)),   wdy = dropout(dy) * weight
     dtable[v] = sum of dz over the tokens that looked up row v
 
-Of n elements of e bytes the forward reads each token's row once and writes y once, 2 n e bytes;
-the rows of positions and types come from the L2 cache. It keeps mean and rstd, and not z: to keep
-it would cost a write and a read of n elements, to look it up again is a read alone. The backward
-reads dy and looks z up (2 n e), writes dz (n e, in the widest dtype of the tables that want it),
-and each table's gradient reads dz once and writes every row of the table once (kernels/segments.py)
-or, for positions 0, 1, ... and one type, adds dz along the batch. Without LayerNorm and dropout dz
-is dy, and there is no kernel but those of the tables. dweight and dbias are sums of one fp32 row
-for each program, added in a fixed order.
+The rows of positions and types come from the L2 cache. The forward keeps mean and rstd, and not z:
+to keep it would cost a write and a read of each element, to look it up again is a read alone. The
+backward writes dz in the widest dtype of the tables that want it, and each table's gradient reads
+dz once and writes every row of the table once (kernels/segments.py) or, for positions 0, 1, ... and
+one type, adds dz along the batch. Without LayerNorm and dropout dz is dy, and there is no kernel
+but those of the tables. dweight and dbias are sums of one fp32 row for each program, added in a
+fixed order.
 
 Rows of up to `WIDEST_ROW` columns are normalised in registers; wider ones look z up twice. An id
 outside its table reads nothing outside it: its token's result is NaN, and its gradient goes to no
@@ -96,7 +95,11 @@ def _embedding_fwd_kernel(
     M, N, eps, col_tiles, threshold: tl.uint32, scale,
     NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, and where the tile has whole rows, their mean and rstd."""
+    """A tile of y, and where the tile has whole rows, their mean and rstd.
+
+    Bytes an element of e: reads the token's, writes y: 2 e, 4 for halves. A row for each block of
+    columns: ids of 4 or 8 each, and 8 of mean and rstd.
+    """
     pid = tl.program_id(0)
     first_col = (pid % col_tiles).to(tl.int64) * BLOCK_N
     rows = (pid // col_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -134,7 +137,10 @@ def _embedding_stats_kernel(
     stride_wv, stride_wn, stride_qv, stride_qn, stride_uv, stride_un,
     vocab, max_seqlen, num_types, S, mean_ptr, rstd_ptr, N, eps, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of one wide row: those of blocks of columns, merged (Chan et al.)."""
+    """Mean and rstd of one wide row: those of blocks of columns, merged (Chan et al.).
+
+    Bytes an element of e: the token's is read, e: 2 for halves. A row: 8 of mean and rstd.
+    """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mask_m = rows >= 0
     mean = tl.zeros([1], tl.float32)
@@ -183,7 +189,12 @@ def _embedding_bwd_kernel(
     stride_dym, M, N, groups, threshold: tl.uint32, scale,
     NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns over every `groups`-th tile of rows: dz, a row of dweight and dbias."""
+    """A block of columns over every `groups`-th tile of rows: dz, a row of dweight and dbias.
+
+    Bytes an element of e: reads dy and the token's, writes dz: 3 e, 6 for halves; without
+    LayerNorm reads no token, 2 e. A row for each block of columns: ids of 4 or 8 each, 8 of mean
+    and rstd, and 8 of sums that are given. A group: 4 a column of each of dweight and dbias.
+    """
     pid = tl.program_id(0)
     group = (pid % groups).to(tl.int64)
     first_col = (pid // groups).to(tl.int64) * BLOCK_N
@@ -235,7 +246,11 @@ def _embedding_bwd_sums_kernel(
     dy_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr, sums_ptr,
     stride_dym, M, N, threshold: tl.uint32, scale, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """mean(wdy) and mean(wdy * xhat) of one wide row, in blocks of columns. sums: (2, M)"""
+    """mean(wdy) and mean(wdy * xhat) of one wide row, in blocks of columns. sums: (2, M)
+
+    Bytes an element of e: reads dy and the token's: 2 e, 4 for halves. A row: 8 of mean and rstd,
+    8 of sums.
+    """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mask_m = rows < M
     mean, rstd = tl.load(mean_ptr + rows), tl.load(rstd_ptr + rows)

@@ -9,8 +9,8 @@ Kept rows are gathered in order, on the device (kernels/compact.py). For each ch
      in work at a time) and overwrites it with ds;
   3. products give dx, whose parts are added and put back into their rows, and add to dweight.
 So the head is multiplied three times, as eager multiplies it, and logits cross the memory bus
-4 times: 8 bytes an element of halves, 4.2 GB at 8,192 tokens by 128,256 classes, which is a
-twentieth of the products' time on an H100.
+5 times, as logits written and read, as ds written and read for each of two products (and once more
+for dbias): 10 bytes an element of halves, 10.5 GB at 8,192 tokens by 128,256 classes.
 
 Why these products are not cuBLAS's. How many rows are kept only the device knows, and the shapes
 that cuBLAS gets come from the host: to leave ignored rows out it would have to wait. The tiles of
@@ -68,7 +68,11 @@ def _chunk_loss_kernel(
     GRADIENTS: tl.constexpr, PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A row of a chunk: its loss, and with GRADIENTS ds in place of its logits. Behind the last
-    kept row come rows of zeros, up to the next multiple of PADDING."""
+    kept row come rows of zeros, up to the next multiple of PADDING.
+
+    Bytes an element of e: reads the logit, with GRADIENTS once more from the L2 cache, and writes
+    ds: e, with GRADIENTS 2 e, 4 for halves, beside the cache's e.
+    """
     row = tl.program_id(0)
     left = rows_left(count_ptr, first, ROWS)
     rows = row.to(tl.int64) + tl.arange(0, 1)
@@ -112,7 +116,10 @@ def _chunk_loss_kernel(
 
 @triton.jit
 def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x * scale; in place there is nothing to do for a scale of 1."""
+    """out = x * scale; in place there is nothing to do for a scale of 1.
+
+    Bytes an element of e: reads x, writes out: 2 e, 4 for halves; where nothing is to do, 0.
+    """
     scale = tl.load(scale_ptr).to(tl.float32)
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     works = True
@@ -182,7 +189,7 @@ def linear_cross_entropy(
     config = wide_loss_config(vocab, softcap is not None, device)
     for first in range(0, tokens, rows):
         gather(x, index, count, first, x_c)
-        rows_times_weight(x_c[:, :dim], weight, bias, count, first, logits, head["logits"])
+        rows_times_weight(x_c[:, :dim], weight, bias, count, first, s, head["logits"])
         _chunk_loss_kernel[(rows,)](
             s, target, class_weight, weight_sum, dloss, total if mean else None, index, count, loss,
             s.stride(0), target.stride(0), 0 if dloss is None else dloss.stride(0), vocab, first,

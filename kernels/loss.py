@@ -9,8 +9,7 @@ with e the label smoothing, w the class weights and z the weight of the z-loss. 
 each logit once (online softmax over blocks of columns); the backward reads it once more and writes
 its gradient. lse is kept as its two parts, since rounding their sum would round p with it.
 
-That is e bytes an element forward and 2 e backward, for logits of e bytes, and 16 bytes a row of
-statistics: the least there is while logits may not be overwritten. Rows of an odd number of classes
+That is the least there is while logits may not be overwritten. Rows of an odd number of classes
 begin anywhere; their blocks begin at multiples of 16 bytes all the same, and all but the first and
 last of a row are loaded and stored 16 bytes at a time.
 
@@ -205,7 +204,11 @@ def _cross_entropy_fwd_kernel(
     HAS_SMOOTHING: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y]."""
+    """A tile of rows in blocks of columns: every row's loss, both parts of its lse, and w[y].
+
+    Bytes an element of e: the logit is read, e: 2 for halves. A row: its target, 4 or 8, the
+    target's logit once more, and 16 for what is written.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < rows_total
     target, active, valid = load_targets(target_ptr, rows, mask_m, N, ignore_index)
@@ -230,7 +233,11 @@ def _cross_entropy_bwd_kernel(
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dlogits. With UNIT above 1 logits are contiguous, and a row's blocks begin where
-    `scan_rows` has them, in both tensors."""
+    `scan_rows` has them, in both tensors.
+
+    Bytes an element of e: reads the logit, writes its gradient: 2 e, 4 for halves; of an ignored
+    row e. A row for each block of columns: its target, 4 or 8, and 12 for lse and dloss.
+    """
     blocks_n = tl.cdiv(N + UNIT - 1, BLOCK_N)
     rows = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     start = (tl.program_id(0) % blocks_n) * BLOCK_N

@@ -4,17 +4,16 @@
     dresidual = dz;  dx = dropout(dz);  dweight = sum_rows(dy * xhat);  dbias = sum_rows(dy)
 
 RMSNorm drops the mean(wdy) term. The mask is replayed from the seed; dweight and dbias are sums of
-one fp32 row per program, which `column_sums` adds in a fixed order. In elements of memory a row of
-N columns costs, and N more for each of dz_in and a dx of its own:
+one fp32 row per program, which `column_sums` adds in a fixed order. How often dy and z are read:
 
-    up to 8,192 columns    3 N, reads dy and z and writes dz
+    up to 8,192 columns    once
     up to 12,288           the same for halves without dropout, in whole 32 bytes, and up to 16,384
                            where there is no dbias; not measured
-    else, up to 16,384     5 N, reads dy and z once more for dweight and dbias
-    wider                  7 N, of which 2 N are read again soon, by then in the L2 cache
+    else, up to 16,384     twice: once more for dweight and dbias
+    wider                  three times, of which one is soon after another, by then in the L2 cache
 
-Partial sums, written once and read once, are for each vector 1 to 4 rows a multiprocessor, of 4 N
-bytes each, where rows cost 3 N, and about 16 KB a multiprocessor else.
+Partial sums, written once and read once, are for each vector 1 to 4 rows a multiprocessor, of 4
+bytes a column, where rows are read once, and about 16 KB a multiprocessor else.
 
 Source: Ba et al., arXiv:1607.06450; Zhang and Sennrich, arXiv:1910.07467.
 """
@@ -109,6 +108,8 @@ def _norm_bwd_kernel(
 
     AHEAD: a tile is loaded, into registers, before the one before it is worked on. STAGES: of the
     loop, which loads STAGES - 1 tiles ahead, into shared memory.
+    Bytes an element of e: reads dy and z, writes dz: 3 e, 6 for halves; e more for each of dz_in
+    and a dx of its own. A row: 4 for each of mean and rstd. weight stays in the cache.
     """
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
@@ -184,6 +185,7 @@ def _norm_bwd_parts_kernel(
     with their sums: one tile of a power of two of columns would not.
 
     All blocks but the last are whole, and need no mask.
+    Bytes an element of e: 3 e, 6 for halves, and the rest, as in `_norm_bwd_kernel`.
     """
     pid = tl.program_id(0).to(tl.int64)
     there = tl.full([1], True, tl.int1)
@@ -245,6 +247,8 @@ def _norm_bwd_wide_kernel(
     """One row: dz and dx. WHOLE: it is one block; else blocks are read for the two sums first.
 
     EARLY: dz_in is loaded before the sums are formed; registers allow it for halves.
+    Bytes an element of e: reads dy and z, writes dz: 3 e, 6 for halves; e more for each of dz_in
+    and a dx of its own; not WHOLE, dy and z once more, 2 e, from the L2 cache.
     """
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mask_m = rows < M
@@ -295,7 +299,11 @@ def _norm_dweight_kernel(
     stride_dym, stride_zm, M, N, groups,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias of wide rows: a block of columns over every `groups`-th tile of rows."""
+    """dweight and dbias of wide rows: a block of columns over every `groups`-th tile of rows.
+
+    Bytes an element of e: reads dy and z: 2 e, 4 for halves. 4 for each of mean and rstd of a row
+    for each block of columns; 4 for each of dweight and dbias of a column for each group.
+    """
     group = (tl.program_id(0) % groups).to(tl.int64)
     cols = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N

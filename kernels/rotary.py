@@ -5,10 +5,8 @@
     dc   = sum_heads(dy[a] * x[a] + dy[b] * x[b]);   ds = sum_heads(dy[b] * x[a] - dy[a] * x[b])
 
 with (a, b) = (i, i + rotary_dim / 2) or, interleaved, (2 i, 2 i + 1). A program has some tokens
-and all of their heads, so that an angle is read once a token. Of x's n elements of e bytes each is
-read once and written once: 2 n e bytes, and cos and sin, rotary_dim / (nheads * headdim) of a
-word for each element, 1 / 32 at 32 heads of 128. The gradients of cos and sin, where they are
-asked for, are sums over heads in the same pass, which then reads x too (3 n e), and over the
+and all of their heads, so that an angle is read once a token. The gradients of cos and sin, where
+they are asked for, are sums over heads in the same pass, which then reads x too, and over the
 tokens that share a row in a fixed order.
 
 A position outside the table reads nothing outside it, and its token's result is NaN.
@@ -88,6 +86,9 @@ def _rotary_kernel(
 
     In the backward pass x is dy and sign -1. With `other`, the forward's x, also (dcos, dsin) of
     each token, fp32.
+    Bytes an element of e: reads x, writes y: 2 e, 4 for halves; cos and sin, of f each, add
+    2 HALF f / (H D), for fp32 1 / 8 at 32 heads of 128. With `other` its 2 HALF / D of e, and
+    8 HALF / (H D) of dangles, more; where y is not wanted, e less.
     """
     tiles = tl.cdiv(S, BLOCK_T)
     batch = (tl.program_id(0) // tiles).to(tl.int64)

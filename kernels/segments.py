@@ -9,9 +9,6 @@ has a program for each row of the table: it adds a segment's rows, at most a chu
 parts of its chunks, and writes 0 where no id asks for the row. So a row of x is read once, however
 many share its id, and no program is long where one id has half of them. No atomics: the same
 inputs give the same bits. Ids outside the table belong to no row and are left out.
-
-Bytes, of elements of e: e for each of x, e for each of the table, and 16 for each of at most two
-fp32 parts a chunk, written and read; for an id and its place 9 to 16 a row, sorted by torch.
 """
 
 from __future__ import annotations
@@ -55,7 +52,11 @@ def _segment_parts_kernel(
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A chunk's two parts: of the segment it begins with, and of another that it ends with. What
-    lies within the chunk is left to the second kernel, and its parts are not written."""
+    lies within the chunk is left to the second kernel, and its parts are not written.
+
+    Bytes an element of e: x is read where its segment crosses, e, and 4 written for each of at most
+    two parts a chunk. A row of x for each part and block of columns: its id and place, 9 to 16.
+    """
     chunk = (tl.program_id(0) // col_tiles).to(tl.int64)
     cols = (tl.program_id(0) % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N
@@ -85,7 +86,12 @@ def _segment_sum_kernel(
     x_ptr, order_ptr, starts_ptr, parts_ptr, out_ptr, stride_xm, N, skip, col_tiles,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A row of the table: the sum of its segment's rows, or of its parts."""
+    """A row of the table: the sum of its segment's rows, or of its parts.
+
+    Bytes an element of e: x is read where its segment does not cross, e, or 4 a part where it does;
+    the table's is written, e. For each block of columns 16 a row of the table of starts, and 8 a
+    row of x of its place.
+    """
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
     cols = (tl.program_id(0) % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = cols < N

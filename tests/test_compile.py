@@ -11,6 +11,7 @@ from pathlib import Path
 
 import compile_gate
 import pytest
+import sass
 from compile_gate import Row, broken_rules
 from golden import read_table, write_table
 
@@ -55,8 +56,8 @@ def test_compile_covers_every_kernel(target):
 def _row(**changes) -> Row:
     row = {
         "target": "sm_90", "case": "attention-bf16-d128-full", "kernel": "k", "warps": 8,
-        "registers": 255, "spills": 0, "shared": 1000, "load_bits": 128, "dot": "wgmma",
-        "resident": 8, "source": "",
+        "registers": 255, "spills": 0, "shared": 1000, "load_bits": 128, "store_bits": 128,
+        "dot": "wgmma", "resident": 8, "source": "",
     }  # fmt: skip
     return Row(**{**row, **changes})
 
@@ -82,13 +83,52 @@ def _row(**changes) -> Row:
             "waits for each",
         ),
         ({"case": "norm-bf16-aligned", "load_bits": 32}, "loads 32 bits at a time"),
-        ({"case": "norm-bf16-odd", "load_bits": 16}, None),
+        ({"case": "norm-bf16-aligned", "load_bits": 0}, "loads 0 bits at a time"),
+        ({"case": "norm-bf16-aligned", "store_bits": 64}, "stores 64 bits at a time"),
+        ({"case": "norm-bf16-aligned", "store_bits": 0}, "stores 0 bits at a time"),
+        ({"case": "norm-bf16-aligned", "store_bits": 16, "target": "gfx942"}, None),
+        ({"case": "norm-bf16-aligned", "store_bits": 16, "kernel": "column_sum_kernel#2"}, None),
+        ({"case": "norm-bf16-odd", "load_bits": 16, "store_bits": 16}, None),
+        ({"case": "loss-bf16-shifted", "load_bits": 32}, None),
+        ({"case": "loss-bf16-shifted", "load_bits": 16}, "loads 16 bits at a time"),
     ],
 )
 def test_compile_rules(changes, rule):
     broken = list(broken_rules(_row(**changes)))
     assert len(broken) == (rule is not None)
     assert not broken or broken[0].startswith(rule)
+
+
+def test_compile_excepts_what_has_to_be():
+    """From wide stores: each exception is one of a kernel that has none."""
+    rows = read_table(compile_gate.GOLDEN, Row).values()
+    nvidia = [row for row in rows if compile_gate.TARGETS[row.target].backend == "cuda"]
+    narrow = [row for row in nvidia if "-aligned" in row.case and row.store_bits < 128]
+    assert {compile_gate.few_stores(row) for row in narrow} == set(compile_gate.FEW_STORES)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "loads", "stores", "spills"),
+    [
+        ("LDG.E.128.CONSTANT", 128, 0, 0),
+        ("LDG.E.U16", 16, 0, 0),
+        ("LDGSTS.E.BYPASS.LTC128B.64", 64, 0, 0),
+        ("LDGDEPBAR", 0, 0, 0),
+        ("STG.E", 0, 32, 0),
+        ("STG.E.EF.128", 0, 128, 0),
+        ("UTMALDG.4D", 128, 0, 0),
+        ("UTMASTG.2D", 0, 128, 0),
+        ("UBLKCP.S.G", 128, 0, 0),
+        ("UBLKCP.G.S", 0, 128, 0),
+        ("STL.64", 0, 0, 8),
+        ("LDS.128", 0, 0, 0),
+    ],
+)
+def test_compile_reads_instructions(instruction, loads, stores, spills):
+    accesses = sass.Accesses()
+    accesses.add(instruction)
+    expected = {"spills": spills, "load_bits": loads, "store_bits": stores}
+    assert accesses.columns() == expected
 
 
 KERNEL = (
@@ -100,6 +140,29 @@ KERNEL = (
     "def _good_kernel(x_ptr, N: tl.constexpr):\n"
     "    tl.store(x_ptr + tl.arange(0, N), 0.0)\n"
 )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compile_tells_kernels_apart(tmp_path, target):
+    """Each has the widths of its own machine code, whatever lies before it."""
+    script = tmp_path / "cases.py"
+    script.write_text(
+        KERNEL + "@triton.jit\n"
+        "def _copy_kernel(x_ptr, y_ptr, STRIDE: tl.constexpr):\n"
+        "    at = tl.arange(0, 1024)\n"
+        "    tl.store(y_ptr + at, tl.load(x_ptr + at * STRIDE))\n"
+        "def copy(stride):\n"
+        "    _copy_kernel[(1,)](tensor(4096), tensor(1024), STRIDE=stride, **fused)\n"
+        "def cases():\n"
+        "    for stride in (1, 3, 1):\n"
+        "        yield Case(f'copy{stride}', lambda stride=stride: copy(stride))\n"
+        "        yield Case('store', lambda: _good_kernel[(1,)](tensor(2048), N=2048, **fused))\n"
+    )
+    rows, errors = compile_gate.compile_target(target, f"--script={script}")
+    widths = [(row.case, row.load_bits, row.store_bits) for row in rows]
+    store = ("store", 0, 128)
+    assert not errors
+    assert widths == [("copy1", 128, 128), store, ("copy3", 32, 128), store, *widths[:2]]
 
 
 def test_compile_leaves_out_what_is_known(tmp_path):

@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from linear_loss_cases import head_inputs
 from linear_loss_cases import run_oracle as run_head_oracle
 
 import fastlm
+from fastlm.bench.timing import peak_memory
 from fastlm.ops import _chunked_loss, _linear_loss
 from fastlm.ops import loss as loss_ops
 from fastlm.reference import loss as reference
@@ -269,3 +271,21 @@ def test_cpu_small_head_under_autocast(no_chunks):
     assert loss.dtype == torch.float32
     expected = fastlm.linear_cross_entropy(**lowered)
     assert torch.equal(loss.bfloat16(), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_cross_entropy_takes_a_quarter_of_eagers_memory(dtype):
+    """Gradients included, at 2,048 tokens x 512 x 32k."""
+    x, weight = randn(2048, 512, dtype=dtype), randn(32_000, 512, dtype=dtype, scale=0.04, seed=1)
+    target = torch.randint(32_000, (2048,), generator=torch.Generator().manual_seed(2))
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def peak(loss):
+        call = lambda: torch.autograd.grad(loss(*leaves, target), leaves)
+        return peak_memory(call, torch.device("cpu"))
+
+    eager = peak(lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target))
+    if eager is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert peak(fastlm.linear_cross_entropy) < eager / 4

@@ -1,6 +1,8 @@
 """kernels/launch.py: a compiled kernel is used again only where Triton itself would use it."""
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +125,21 @@ def test_triton_is_asked_where_it_has_to_look(kernel, monkeypatch):
     monkeypatch.setattr(launching, "_AMD", True)
     call()
     assert [what for what, *_ in calls] == ["triton"] * 5
+
+
+def test_kernels_count_their_bytes():
+    """In the docstring, "Bytes an element: ..." or of another unit. A kernel is a function of
+    Triton's that no other one calls."""
+    texts, called = {}, set()
+    for file in Path(launching.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(
+                ast.unparse, (getattr(d, "func", d) for d in node.decorator_list)
+            ):
+                texts[file.stem, node.name] = ast.get_docstring(node) or ""
+                calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
+                called |= {func.id for func in calls if isinstance(func, ast.Name)}
+    kernels = {key: text for key, text in texts.items() if key[1] not in called}
+    assert all(name.endswith("_kernel") for _, name in kernels), kernels.keys()
+    assert len(kernels) > 40
+    assert [key for key, text in kernels.items() if "Bytes a" not in text] == []

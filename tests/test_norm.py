@@ -475,6 +475,19 @@ def test_norm_of_frozen_inputs_has_a_frozen_sum(compiles, impl, device):
         assert leaves[trained].grad is not None
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows,cols", [(5, 24), (300, 40)])
+def test_layer_norm_gradients_sum_to_zero(rows, cols, impl, device):
+    """A shift of all columns changes nothing: in each row dx sums to 0, but for its rounding."""
+    inputs = norm_inputs("layer_norm", rows, cols, torch.float32, device)
+    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
+    y = fastlm.layer_norm(**leaves, impl=impl)
+    (dx,) = torch.autograd.grad(y, leaves["x"], randn(rows, cols, device=device, seed=9))
+    assert dx.abs().amax() > 0.1
+    sums = dx.double().sum(-1).abs()
+    assert (sums <= cols * torch.finfo(torch.float32).eps * dx.abs().amax(-1)).all()
+
+
 EPS_ERRORS = [("1", "str"), (None, "NoneType"), (torch.tensor(1e-5), "Tensor"), (True, "bool"),
               (-1e-5, "-1e-05"), (float("nan"), "nan")]  # fmt: skip
 

@@ -177,15 +177,15 @@ def _scale(dloss: torch.Tensor, total: torch.Tensor, options: tuple) -> torch.Te
 
 
 def _given(grads, scale, inputs, needs, impl) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that nobody else has, scaled in place where they have the input's dtype."""
+    """Gradients that nobody else has, scaled in place where that saves memory."""
     _, scaled, scale_ = _CALLS[impl]
     out = []
     for g, x, needed in zip(grads, inputs, needs, strict=True):
         if not needed:
             out.append(None)
-        elif g.dtype == x.dtype:
+        elif g.dtype == x.dtype or impl == "torch":  # which would hold the product in fp32 too
             scale_(g, scale)
-            out.append(g)
+            out.append(g.to(x.dtype))
         else:
             out.append(scaled(g, scale, x.dtype))
     return tuple(out)

@@ -35,7 +35,7 @@ def bias_act(
     seed: int | torch.Tensor | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor:
-    """dropout(activation(x + bias)) in one pass; the backward pass keeps x and bias alone.
+    """dropout(activation(x + bias)) in one pass; the kernels' backward keeps x and bias alone.
 
     Args:
         x: (..., cols), fp16, bf16, fp32 (fp64 by the torch backend), any strides.
@@ -71,7 +71,7 @@ def bias_act(
 def glu(
     gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu", impl: Impl | None = None
 ) -> torch.Tensor:
-    """activation(gate) * up in one pass; the backward pass keeps gate and up alone.
+    """activation(gate) * up in one pass; the kernels' backward keeps gate and up alone.
 
     Args:
         gate, up: of one shape, fp16, bf16, fp32 (fp64 by the torch backend), any strides: halves
@@ -116,8 +116,8 @@ def ffn(
 
     The matrix products are torch's, and bias, activation and dropout one kernel between them; or,
     where that was measured to be faster, they are in the products' epilogues (`fastlm.explain` says
-    which). The backward pass keeps x and x w1^T + b1, with `recompute` x alone; frozen weights cost
-    nothing.
+    which). The backward pass keeps x and x w1^T + b1 (the torch backend also what is activated),
+    with `recompute` x alone; frozen weights cost nothing.
 
     Args:
         x: (..., dim), fp16, bf16, fp32 (fp64 by the torch backend), any strides.

@@ -4,7 +4,8 @@ Each kernel is compiled for every target; each of its branches, dtypes, alignmen
 one, and only for more where code or configurations differ: a second or two for each compilation.
 Most go to Hopper, whose configurations were timed.
 
-Names with `-aligned` promise 128-bit loads; the rules are `broken_rules` in compile_gate.py.
+Names with `-aligned` promise 128-bit loads and stores, with `-shifted` 128 bits between the ends of
+rows that begin anywhere; the rules are `broken_rules` in compile_gate.py.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def cases() -> Iterator[Case]:
 
 
 def norm() -> Iterator[Case]:
-    def case(label, rows, cols, dtype, params=None, residual=False, **options):
+    def case(label, rows, cols, dtype, *targets, params=None, residual=False, **options):
         def run():
             x = tensor(rows, cols, dtype=DTYPES[dtype])
             weights = [tensor(cols, dtype=params or DTYPES[dtype])]
@@ -72,7 +73,7 @@ def norm() -> Iterator[Case]:
                 options["residual"] = tensor(rows, cols, dtype=DTYPES[dtype])
             forward_backward(fn, x, *weights, **options)
 
-        return Case(f"norm-{dtype}-{label}-{cols}", run)
+        return Case(f"norm-{dtype}-{label}-{cols}", run, targets)
 
     yield case("layer-aligned", 4096, 768, "bf16")
     yield case("layer-aligned", 4096, 1024, "fp32")
@@ -87,6 +88,8 @@ def norm() -> Iterator[Case]:
     yield case("layer-block-aligned", 4096, 12288, "bf16", **block)
     yield case("layer-block-aligned", 4096, 12288, "fp32", **block)
     yield case("layer-wide-aligned", 512, 65536, "bf16")
+    yield case("layer-wide-aligned", 512, 131072, "bf16", HOPPER)
+    yield case("rms-wide-block-aligned", 512, 131072, "bf16", HOPPER, **block)
     yield case("layer-residual-aligned", 4096, 12288, "bf16", residual=True, prenorm=True)
     yield case("rms-aligned", 4096, 4096, "bf16")
     yield case("rms-residual-aligned", 4096, 16384, "bf16", residual=True, prenorm=True)
@@ -109,17 +112,17 @@ def attention() -> Iterator[Case]:
 
         return Case(f"attention-{dtype}-d{headdim}-{label}", run, targets)
 
-    yield case("full", "bf16", 64, AMPERE, HOPPER, BLACKWELL)
-    yield case("causal", "bf16", 64, AMD, causal=True)
-    yield case("causal", "bf16", 128, AMPERE, HOPPER, BLACKWELL, causal=True)
-    yield case("causal", "bf16", 256, AMPERE, HOPPER, AMD, causal=True)
+    yield case("full-aligned", "bf16", 64, AMPERE, HOPPER, BLACKWELL)
+    yield case("causal-aligned", "bf16", 64, AMD, causal=True)
+    yield case("causal-aligned", "bf16", 128, AMPERE, HOPPER, BLACKWELL, causal=True)
+    yield case("causal-aligned", "bf16", 256, AMPERE, HOPPER, AMD, causal=True)
     yield case("full", "fp16", 17, AMPERE)
     yield case("full", "fp16", 80, HOPPER)
     yield case("pointers", "bf16", 64, HOPPER, gap=4)  # no descriptors for strides of 8 bytes
     lengths = {"nheads_k": 4, "seqlen_q": 333, "causal": "top_left"}
     yield case("causal-gqa-lengths", "bf16", 40, AMPERE, **lengths)
-    yield case("causal", "fp32", 64, HOPPER, causal=True)
-    yield case("full", "fp32", 128, AMPERE)
+    yield case("causal-aligned", "fp32", 64, HOPPER, causal=True)
+    yield case("full-aligned", "fp32", 128, AMPERE)
     yield case("tf32", "fp32", 64, AMPERE, precision="high")
     yield case("tf32", "fp32", 128, HOPPER, precision="high")
 
@@ -267,7 +270,9 @@ def loss() -> Iterator[Case]:
 
     yield case("bf16", 32768, BLACKWELL, AMD)
     yield case("fp32", 50304, HOPPER, AMD, label_smoothing=0.1, z_loss=1e-4)
-    yield case("fp16", 30522, AMPERE, label="odd")
+    yield case("fp16", 30522, AMPERE, label="shifted")
+    yield case("bf16", 30522, HOPPER, label="shifted")
+    yield case("bf16", 50257, HOPPER, label="shifted")
     every = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     yield case("bf16", 256000, HOPPER, label="every-aligned", weighted=True, **every)
     yield case("fp32", 257, AMPERE, HOPPER, label="every-odd", weighted=True, **every)

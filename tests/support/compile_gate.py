@@ -6,8 +6,9 @@
 
 The public functions of fastlm run on meta tensors, forward and backward, with three things
 replaced: the contracts call their launchers directly, `kernels/configs.py` answers for the target,
-and Triton's `JITFunction.run` compiles without launching. What ptxas (or, on AMD, the assembler's
-metadata) says of registers, spills and shared memory becomes one row for each compiled kernel.
+and Triton's `JITFunction.run` compiles without launching. One row for each compiled kernel has what
+ptxas says of registers, and the machine code (sass.py) of spills and of the widths of accesses; on
+AMD, what the assembler says.
 
 The cases are in compile_cases.py; `--script file.py` takes them from another file of that form.
 
@@ -34,9 +35,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
+import sass
 from golden import median_by_size, read_table, write_table
 
 HERE = Path(__file__).resolve().parent
@@ -82,10 +84,10 @@ class Row:
     """One compiled kernel.
 
     `spills` and `shared` are bytes (spills on AMD: registers). Half of the bytes that the kernel's
-    load instructions read come in pieces of at least `load_bits`. `dot` is the instruction of its
-    matrix products, or both; "wgmma, serial" where ptxas found that it has to wait for each (C7510
-    to C7520 in its log). `resident` warps run on a multiprocessor at a time. `source` is the key of
-    what was compiled.
+    load instructions read from global memory come in pieces of at least `load_bits`, of its stores
+    `store_bits`; 0 for none. `dot` is the instruction of its matrix products, or both; "wgmma,
+    serial" where ptxas found that it has to wait for each (C7510 to C7520 in its log). `resident`
+    warps run on a multiprocessor at a time. `source` is the key of what was compiled.
     """
 
     target: str
@@ -96,6 +98,7 @@ class Row:
     spills: int
     shared: int
     load_bits: int
+    store_bits: int
     dot: str
     resident: int
     source: str
@@ -114,13 +117,16 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    rows, errors = [], []
+    rows, errors, memory = [], [], {}
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
         command = [sys.executable, __file__, "--worker", "--target", target, *arguments]
         worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for line in worker.stdout:
             result = json.loads(line)
+            if "memory" in result:  # the last line, of all cases
+                memory = {(target, case, kernel): m for case, kernel, m in result["memory"]}
+                continue
             rows += [Row(**row) for row in result["rows"]]
             if "--times" in arguments:
                 took = f"{result['seconds']:6.1f} s  {result['compiled']:2} compiled"
@@ -129,7 +135,7 @@ def compile_target(target: str, *arguments: str) -> tuple[list[Row], list[str]]:
                 errors.append(f"{target} {result['case']}: {result['error']}")
         if worker.wait() != 0:
             errors.append(f"{target}: the compiling process ended with {worker.returncode}")
-    return rows, errors
+    return [replace(row, **memory.get(row.key, {})) for row in rows], errors
 
 
 def broken_rules(row: Row) -> Iterator[str]:
@@ -154,8 +160,41 @@ def broken_rules(row: Row) -> Iterator[str]:
         yield "multiplies with mma.sync instead of wgmma"
     if "serial" in row.dot:
         yield "waits for each wgmma before the next"
-    if "-aligned" in row.case and target.backend == "cuda" and 0 < row.load_bits < 128:
-        yield f"loads {row.load_bits} bits at a time, 128 are possible"
+    if target.backend == "cuda":
+        yield from _narrow_accesses(row)
+
+
+# What names of cases promise of accesses, in bits. Rows that begin anywhere are loaded element by
+# element at both ends and 16 bytes at a time between: in code of halves, a median above 16 bits.
+WIDTHS = {"-aligned": 128, "-shifted": 32}
+# Case and kernel of those that promise wide loads only, and why: they write few bytes.
+FEW_STORES = {
+    r"attention\S* attention_bwd_delta_kernel": "a number for each query",
+    r"attention-bf16\S* attention_decode_combine_kernel": "a row of halves from many of floats",
+    r"\S* column_sum_kernel": "a number for each column",
+    r"\S* compact_kernel": "indices of rows, one after another whichever are kept",
+    r"loss\S* cross_entropy_fwd_kernel": "a few numbers for each row",
+    r"embedding\S* embedding_(stats|bwd_sums)_kernel": "two numbers for each row",
+    # 64 columns for the 128 threads that have read them of 32 rows each.
+    r"embedding\S* segment_sum_kernel#[23]": "a table of positions or types has few rows",
+    r"rotary\S* segment_(parts|sum)_kernel": "a table of angles has few columns",
+}
+
+
+def _narrow_accesses(row: Row) -> Iterator[str]:
+    """Of cases that promise wide ones. No accesses are 0 bits, which keep no promise."""
+    wide = next((bits for label, bits in WIDTHS.items() if label in row.case), 0)
+    if row.load_bits < wide:
+        yield f"loads {row.load_bits} bits at a time, {wide} are possible"
+    if row.store_bits < wide and few_stores(row) is None:
+        yield f"stores {row.store_bits} bits at a time, {wide} are possible"
+
+
+def few_stores(row: Row) -> str | None:
+    """The entry of `FEW_STORES` that a kernel has; one with #2 has that of the kernel."""
+    names = f"{row.case} {row.kernel}", f"{row.case} {row.kernel.split('#')[0]}"
+    entries = (e for e in FEW_STORES if any(re.fullmatch(e, name) for name in names))
+    return next(entries, None)
 
 
 # From here on: the worker process, which alone imports torch, triton and fastlm.
@@ -215,6 +254,7 @@ class Recorder:
 
         self.target, self.known, self.asm = target, known, asm
         self.rows: list[Row] = []
+        self.cubins: dict[tuple[str, str], bytes] = {}  # by case and name
         self.compiled = 0
         self.case = ""
         self._logs: dict[str, str] = {}  # a kernel that is compiled already prints no log again
@@ -248,6 +288,8 @@ class Recorder:
         name = self._name_of(source)
         if name is not None:
             self._add(source, self._describe(name, kernel))
+            if "cubin" in kernel.asm:
+                self.cubins[self.case, name] = kernel.asm["cubin"]
             if self.asm:
                 self._write(name, kernel)
         return kernel
@@ -284,13 +326,20 @@ class Recorder:
         self.compiled += 1
         return key
 
+    def memory(self) -> list[tuple[str, str, dict[str, int]]]:
+        """Case, kernel and what its row still needs, of all that was compiled for NVIDIA's GPUs."""
+        found = sass.accesses(list(self.cubins.values()), TARGETS[self.target].arch)
+        return [(*key, a.columns()) for key, a in zip(self.cubins, found, strict=True)]
+
     def _describe(self, name: str, kernel) -> Row:
+        """A row; on NVIDIA's GPUs without the columns of `memory`."""
         meta = kernel.metadata
         read = _nvidia_resources if "ptx" in kernel.asm else _amd_resources
-        registers, spills, load_bits, dot = read(kernel.asm, self._logs[kernel.hash])
+        registers, *memory, dot = read(kernel.asm, self._logs[kernel.hash])
+        spills, load_bits, store_bits = memory or (0, 0, 0)
         where = self.target, self.case, name, meta.num_warps
         resident = TARGETS[self.target].resident(meta.num_warps, registers, meta.shared)
-        numbers = registers, spills, meta.shared, load_bits, dot, resident
+        numbers = registers, spills, meta.shared, load_bits, store_bits, dot, resident
         return Row(*where, *numbers, self._sources[kernel.hash])
 
     def _write(self, name: str, kernel) -> None:
@@ -301,26 +350,23 @@ class Recorder:
                 file.write_text(kernel.asm[kind])
 
 
-def _nvidia_resources(asm, log: str) -> tuple[int, int, int, str]:
-    ptx = asm["ptx"]
+def _nvidia_resources(asm, log: str) -> tuple[int, str]:
     registers = int(re.search(r"Used (\d+) registers", log)[1])
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    loads = re.findall(r"ld\.global(?:\.[a-z_0-9:]+?)*?(?:\.v(\d))?\.[busf](\d+)\s", ptx)
-    widths = [int(vector or 1) * int(bits) for vector, bits in loads]
-    widths += [128] * len(re.findall(r"cp\.async\.(?:cg|bulk)", ptx))  # 16 bytes, and whole tiles
     dots = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
     serial = ", serial" if "wgmma.mma_async instructions are serialized" in log else ""
-    return registers, spills, median_by_size(widths), _all(dots, ptx) + serial
+    return registers, _all(dots, asm["ptx"]) + serial
 
 
-def _amd_resources(asm, log: str) -> tuple[int, int, int, str]:
+def _amd_resources(asm, log: str) -> tuple[int, int, int, int, str]:
     text = asm["amdgcn"]
     count = {key: int(n) for key, n in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
     spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
-    loads = re.findall(r"(?:global|buffer)_load_(\w+)", text)
     words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-    load_bits = median_by_size([words.get(load, 16) for load in loads])
-    return count["vgpr_count"], spills, load_bits, _all({"v_mfma": "mfma"}, text)
+    widths = {"load": [], "store": []}
+    for kind, size in re.findall(r"(?:global|buffer)_(load|store)_(\w+)", text):
+        widths[kind].append(words.get(size, 16))
+    bits = [median_by_size(widths[kind]) for kind in ("load", "store")]
+    return count["vgpr_count"], spills, *bits, _all({"v_mfma": "mfma"}, text)
 
 
 def _all(names: dict[str, str], text: str) -> str:
@@ -339,7 +385,10 @@ def known_rows(table: Path | None) -> dict[tuple[str, str, str], Row]:
 
 
 def _work(options) -> None:
-    """Prints one line of JSON for each case: its name, rows and, where it failed, the error."""
+    """Prints one line of JSON for each case: its name, rows and, where it failed, the error.
+
+    The last line has the columns that are known for all of them at once.
+    """
     _pretend(options.target)
     recorder = Recorder(options.target, known_rows(options.known), options.asm)
     for case in runpy.run_path(str(options.script))["cases"]():
@@ -357,6 +406,7 @@ def _work(options) -> None:
                 raise
         result |= {"seconds": _cpu_seconds() - start, "compiled": recorder.compiled}
         print(json.dumps(result), flush=True)
+    print(json.dumps({"memory": recorder.memory()}))
 
 
 def _cpu_seconds() -> float:
