@@ -391,7 +391,7 @@ def test_script_measures_without_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fastlm.bench.timing._MIN_SAMPLES", 2)
     script = load("norm")
     assert script.main("norm", script.__doc__, script.PEERS) == 0
-    assert len(results.read_csv(csv)) == 3 * 3 * 2
+    assert len(results.read_csv(csv)) == 4 * 3 * 2
 
 
 @pytest.mark.parametrize("where", ["make", "peers", "next"])

@@ -94,6 +94,20 @@ def test_norm_options(op, cols, residual, dropout_p, prenorm, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "residual,dropout_p,prenorm", list(itertools.product([0, 1], [0.0, 0.3], [0, 1]))
+)
+@pytest.mark.parametrize("casting", ["torch", "llama", "gemma"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_castings_with_options(
+    dtype, casting, residual, dropout_p, prenorm, impl, device
+):  # fmt: skip
+    inputs = norm_inputs("rms_norm", 5, 36, dtype, device, residual=bool(residual))
+    options = {"dropout_p": dropout_p, "prenorm": bool(prenorm), "casting": casting}
+    run_oracle("rms_norm", impl, inputs, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("casting", ["torch", "llama", "gemma"])

@@ -29,7 +29,7 @@ KERNEL = """
 #include "common.cuh"
 namespace fastlm {
 __global__ void zero_kernel(float* x) { x[threadIdx.x] = 0.0f; }
-cudaError_t zero(float* x) { return launch(zero_kernel, dim3(1), 32, 0, nullptr, x); }
+cudaError_t zero(float* x) { return launch(bounded<zero_kernel, 32, 0>, dim3(1), nullptr, x); }
 }  // namespace fastlm
 """
 
