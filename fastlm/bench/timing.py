@@ -71,10 +71,10 @@ def _peak_of_process(call: Callable[[], object]) -> float | None:
         ctypes.CDLL(None).malloc_trim(0)  # or the call would find free pages that count already
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
         before = _resident("VmRSS")
-        call()
-        return (_resident("VmHWM") - before) / 1e6
     except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or not allowed
         return None
+    call()
+    return (_resident("VmHWM") - before) / 1e6
 
 
 def _resident(name: str) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from fastlm.ops._check import autocast_dtype
 from fastlm.ops._library import contract
+from fastlm.ops._transforms import trains
 from fastlm.reference.relative_bias import RelativeBias
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,7 +84,7 @@ def refuses(q, k_cache, v_cache, options: dict) -> str | None:
         if x.shape[-1] > 1 and x.stride(-1) != 1:  # a copy could not be appended to
             return f"takes caches with last stride 1, {name} has {x.stride(-1)}"
     learned = (table if table is not None else bias, options["alibi_slopes"], options["sinks"])
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
+    if trains(*learned):
         return "gives no gradients of bias, alibi_slopes and sinks (use torch.no_grad)"
     return None
 

@@ -19,10 +19,10 @@ from fastlm.ops._transforms import (
     in_create_graph,
     in_plain_eager,
     in_transform,
+    trains,
 )
 from fastlm.reference import attention as reference
 from fastlm.reference.attention_mask import allowed_pairs, key_distances
-from fastlm.reference.relative_bias import RelativeBias
 
 # Not F.scaled_dot_product_attention: a user may have pointed that name at fastlm.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -35,7 +35,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     with without_autocast(q.device):
         if _fits_sdpa(q, k, v, options):
             out = _fused(q, k, v, options)
-            if not _trains(options["bias"]):
+            if not trains(options["bias"]):
                 out = _differentiable(out, q, k, v, options)
             return out.contiguous()
         out = reference.attention(q, k, v, **options)
@@ -68,11 +68,10 @@ def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict)
         # composes the call then, of operations with derivatives of any order.
         if not isinstance(bias, torch.Tensor) or bias.dtype != q.dtype:
             return False
-        if q.device.type != "cpu" and _trains(bias):
+        if q.device.type != "cpu" and trains(bias):
             return False
-    trains = _trains(q, k, v)
     return (
-        (q.device.type == "cpu" or not options["deterministic"] or not trains)
+        (q.device.type == "cpu" or not options["deterministic"] or not trains(q, k, v))
         and not options["return_lse"]
         and options["dropout_p"] == 0.0
         and all(options[name] is None for name in _NOT_IN_SDPA)
@@ -80,11 +79,6 @@ def _fits_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict)
         and k.numel() > 0
         and not in_transform()
     )
-
-
-def _trains(*tensors: torch.Tensor | RelativeBias | None) -> bool:
-    grad = torch.is_grad_enabled()
-    return grad and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _fused(q, k, v, options: dict) -> torch.Tensor:

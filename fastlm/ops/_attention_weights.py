@@ -9,7 +9,7 @@ import torch
 
 from fastlm.ops import _attention_kernels
 from fastlm.ops._library import apply, contract
-from fastlm.ops._transforms import gradients
+from fastlm.ops._transforms import gradients, trains
 from fastlm.reference import attention as reference
 
 
@@ -120,7 +120,7 @@ def attention_weights(q, k, lse, options: dict) -> torch.Tensor:
     tensors, scalars = _attention_kernels.kernel_options(options, q, k)
     mask, bias, table, seqlens_k, _, _, alibi_slopes, _, seed = tensors
     inputs = q, k, lse.float().contiguous(), mask, bias, table, seqlens_k, alibi_slopes, seed
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if trains(*inputs):
         return apply(_Weights, *inputs, scalars[:-2])
     return attention_weights_fwd(*inputs, *scalars[:-2])
 

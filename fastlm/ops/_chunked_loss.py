@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fastlm.ops._check import require_classes
 from fastlm.ops._library import contract
+from fastlm.ops._rows import Widened
 
 # Logits of one chunk: 32 MB of fp32 stay near the caches of a CPU, 512 MB fill a GPU. A chunk has
 # at least 256 rows, or its matrix products would be bound by reading the head.
@@ -249,15 +250,12 @@ def _losses(s, y, w_y, row, w, options: _Options, ds: torch.Tensor | None) -> to
     on_p = row * (e / vocab) * classes - on_target if e > 0.0 else -on_target
     m, top, rest = (torch.empty_like(w_y) for _ in range(3))
     size = max(min(_block_rows(s), len(s)), 1)
-    # Once for all blocks: fresh pages cost as much as exp.
-    p = s.new_empty((size, vocab), dtype=w_y.dtype)
-    wide = None if s.dtype == p.dtype else torch.empty_like(p)
+    p = s.new_empty((size, vocab), dtype=w_y.dtype)  # once: fresh pages cost as much as exp
+    widened = Widened(s, size)
     of_rows = [m, top, rest, y, w_y, row, on_target[:, None], on_p[:, None]]
     of_rows += [] if ds is None else [ds]
     for s_b, *of_block in zip(*(t.split(size) for t in (s, *of_rows)), strict=True):
-        if len(s_b) < size:
-            p, wide = p[: len(s_b)], None if wide is None else wide[: len(s_b)]
-        _block(s_b if wide is None else wide.copy_(s_b), p, w, options, *of_block)
+        _block(widened(s_b), p[: len(s_b)], w, options, *of_block)
     log_l = -top.log_()
     loss = (1.0 - e) * w_y * (log_l + (m - s_y))
     if e > 0.0:

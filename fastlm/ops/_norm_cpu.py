@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastlm.ops._rows import as_rows, in_shape, viewed_as
+from fastlm.ops._rows import Widened, as_rows, in_shape, viewed_as
 from fastlm.ops._transforms import gradients, in_plain_eager
 from fastlm.reference import norm as reference
 
@@ -81,26 +81,13 @@ def _blocks(step: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, .
     return zip(*(t.split(max(step, 1)) for t in tensors), strict=True)
 
 
-class _Wide:
-    """Makes chunks of rows fp32: of halves in one buffer, for fresh pages cost a pass."""
-
-    def __init__(self, rows: torch.Tensor, step: int):
-        self.buffer = None
-        if rows.dtype != torch.float32:
-            shape = min(max(step, 1), len(rows)), rows.shape[1]
-            self.buffer = rows.new_empty(shape, dtype=torch.float32)
-
-    def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
-        return chunk if self.buffer is None else self.buffer[: len(chunk)].copy_(chunk)
-
-
 def _rms(z, scale, eps: float, kind: str, x_dtype: torch.dtype, out_dtype: torch.dtype):
     """y and rstd."""
     rounded = x_dtype if kind == "rms_llama" else None  # to which z * rstd is, before the scale
     y = z.new_empty(z.shape, dtype=out_dtype)
     rstd = z.new_empty((z.shape[0], 1), dtype=torch.float32)
     step = _CHUNK // z.shape[1]
-    wide, half = _Wide(z, step), z.dtype != torch.float32
+    wide, half = Widened(z, step), z.dtype != torch.float32
     squares = None if kind == "rms" else y.new_empty(min(max(step, 1), len(z)), z.shape[1],
                                                      dtype=torch.float32)  # fmt: skip
     whole = out_dtype == torch.float32 and rounded in (None, torch.float32)
@@ -142,7 +129,7 @@ def _gradients(incoming, inputs, kept, options, needs):
         dz = torch.empty_like(rows, dtype=z.dtype) if whole else []
     halves = all(t is None or t.dtype.itemsize == 2 for t in (weight, bias))
     step = min(_CHUNK_BACKWARD // rows.shape[1], _ROWS[halves])
-    wide_dy, wide_z = _Wide(dy, step), _Wide(rows, step)
+    wide_dy, wide_z = Widened(dy, step), Widened(rows, step)
     into = [dz] if by_chunk and whole else []
     any_sum = by_chunk or need_weight or need_bias
     for dy_c, z_c, *of_rows in _blocks(step, dy, rows, mean, rstd, *into) if any_sum else ():

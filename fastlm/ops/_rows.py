@@ -34,3 +34,18 @@ def in_shape(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def viewed_as(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """rows, a gradient say, in the shape of x."""
     return rows if rows.shape == x.shape else rows.view(x.shape)
+
+
+class Widened:
+    """Makes chunks of rows fp32 (fp64 stays): of halves in one buffer, for fresh pages cost as much
+    as a pass."""
+
+    def __init__(self, rows: torch.Tensor, step: int):
+        """step: the most rows of a chunk."""
+        self.buffer = None
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        if dtype != rows.dtype:
+            self.buffer = rows.new_empty(min(max(step, 1), len(rows)), rows.shape[1], dtype=dtype)
+
+    def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk if self.buffer is None else self.buffer[: len(chunk)].copy_(chunk)

@@ -41,6 +41,11 @@ def kernels_refuse(**tensors: torch.Tensor | None) -> str | None:
     return TRANSFORM_REFUSAL if in_transform() else None
 
 
+def trains(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of them wants a gradient, so that a backward pass may come."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def in_functorch() -> bool:
     """Within any transform of torch.func, which take no hooks on saved tensors (checkpoint's)."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

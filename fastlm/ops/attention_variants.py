@@ -27,6 +27,7 @@ from fastlm.ops._check import (
     require_shape,
     without_autocast,
 )
+from fastlm.ops._transforms import trains
 from fastlm.ops.attention import BACKENDS
 from fastlm.reference import attention as reference
 from fastlm.reference.relative_bias import RelativeBias
@@ -231,6 +232,6 @@ def attention_weights(
 
 def _require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
     for name, x in tensors.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+        if trains(x):
             constraint = "be without gradient, since the caches change in place (use torch.no_grad)"
             raise fail(op, name, constraint, "requires_grad=True")

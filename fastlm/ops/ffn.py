@@ -20,7 +20,7 @@ from fastlm.ops._ffn_functions import BiasAct, Ffn, GatedFfn, Glu
 from fastlm.ops._ffn_matmul import WAYS, choose_way, library_has
 from fastlm.ops._library import apply
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import in_functorch, kernels_refuse
+from fastlm.ops._transforms import in_functorch, kernels_refuse, trains
 from fastlm.reference import ffn as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -155,7 +155,7 @@ def ffn_by(way: str | None, x, w1, b1, w2, b2, *, activation, dropout_p, seed, r
     require_dropout("ffn", dropout_p, seed, x.device)
     require_bool("ffn", "recompute", recompute)
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    keep = not recompute and _trains(x, w1, b1, w2)
+    keep = not recompute and trains(x, w1, b1, w2)
     dtype = _product_dtype(x)
     library = library_has(activation, b1, dropout_p > 0.0, x)
     dims = max(w1.shape[1], w2.shape[0]), w1.shape[0]
@@ -226,7 +226,7 @@ def gated_ffn_by(way: str | None, x, w_gate, w_up, w_down, *, activation, recomp
     require_choice(op, "activation", activation, ACTIVATIONS)
     require_bool(op, "recompute", recompute)
     tensors = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-    keep = not recompute and _trains(*tensors.values())
+    keep = not recompute and trains(*tensors.values())
     dtype = _product_dtype(x)
     dims = max(w_gate.shape[1], w_down.shape[0]), w_gate.shape[0]
     goes = lambda backend: choose_way(op, way, backend, x, dtype, dims, keep, False)
@@ -292,8 +292,3 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
     """What `F.linear` would compute in: autocast lowers everything but fp64."""
     lower = autocast_dtype(x.device)
     return x.dtype if lower is None or x.dtype == torch.float64 else lower
-
-
-def _trains(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass will want the hidden layer."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -24,7 +24,13 @@ from fastlm.ops._chunked_loss import block_losses, row_losses
 from fastlm.ops._library import apply, contract, in_eager
 from fastlm.ops._linear_loss import LinearCrossEntropy
 from fastlm.ops._rows import contiguous
-from fastlm.ops._transforms import gradients, in_plain_eager, in_transform, kernels_refuse
+from fastlm.ops._transforms import (
+    gradients,
+    in_plain_eager,
+    in_transform,
+    kernels_refuse,
+    trains,
+)
 from fastlm.reference import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -345,7 +351,7 @@ def _torch_cross_entropy(
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     flat, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     try:
-        if _trains(logits) and _by_blocks(flat):
+        if trains(logits) and _by_blocks(flat):
             numbers = as_numbers(ignore_index, label_smoothing, z_loss, softcap)
             loss, *_ = apply(LinearCrossEntropy, flat, None, None, y, class_weight, logits.dtype,
                              numbers, reduction, (True, False, False), "torch")  # fmt: skip
@@ -372,10 +378,6 @@ def _by_blocks(logits: torch.Tensor) -> bool:
     return logits.numel() >= _BLOCKS_FROM and logits.device.type == "cpu" and in_plain_eager()
 
 
-def _trains(logits: torch.Tensor) -> bool:
-    return logits.requires_grad and torch.is_grad_enabled()
-
-
 # Up to how many logits of a head, 4 MB of fp32, a CPU makes them: chunks would cost more in calls.
 _SMALL_HEAD = 2**20
 
@@ -397,7 +399,7 @@ def _torch_loss(logits, target, class_weight, reduction, out_dtype, **options) -
     """torch's loss in fp32 at least, but for the mean over nothing."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     weight = None if class_weight is None else class_weight.to(acc)
-    if not _trains(logits):
+    if not trains(logits):
         once = weight is None and options["label_smoothing"] == 0.0 and out_dtype == logits.dtype
         rows, blocks = logits.dtype if once else acc, _by_blocks(logits)
         if blocks or rows != acc:

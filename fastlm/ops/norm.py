@@ -22,7 +22,7 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract, cuda_contract, unwanted
 from fastlm.ops._rows import as_rows, contiguous, in_shape, viewed_as
-from fastlm.ops._transforms import gradients, in_create_graph, kernels_refuse
+from fastlm.ops._transforms import gradients, in_create_graph, kernels_refuse, trains
 from fastlm.reference import norm as reference
 
 CASTINGS = ("torch", "llama", "gemma")
@@ -301,11 +301,9 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
         return (y, z) if prenorm else y
     weight, bias = contiguous(weight), contiguous(bias)
     has_z = residual is not None or seed is not None
-    inputs = (x, residual, weight, bias)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, _, _, *z = apply(
         _Norm, x, residual, weight, bias, seed, eps, float(dropout_p), kind, out_dtype,
-        has_z and (prenorm or trains), backend,
+        has_z and (prenorm or trains(x, residual, weight, bias)), backend,
     )  # fmt: skip
     return (y, *(z or [x])) if prenorm else y
 
@@ -313,9 +311,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, seed, prenorm, kind, im
 def _torch_norm(x, weight, bias, eps, residual, dropout_p, seed, kind, out_dtype):
     """(y, z) by torch's functions where they are ours, else by the reference."""
     z = reference.add_residual(x, residual, dropout_p, seed)
-    vectors = (t for t in (weight, bias) if t is not None)
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in vectors)
-    if _is_own_on_cpu(z, kind, trains):
+    if _is_own_on_cpu(z, kind, trains(weight, bias)):
         y, *_ = apply(_norm_cpu.CpuNorm, z, weight, bias, kind, eps, x.dtype, out_dtype)
         return y, z
     exact = x.is_cuda or (z.dtype not in _HALVES and z.shape[-1] > 1)
@@ -331,12 +327,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 _RMS_FROM = 2**17  # elements from which it is a matter of memory, not of the number of calls
 
 
-def _is_own_on_cpu(z: torch.Tensor, kind: str, trains: bool) -> bool:
-    """Whether `CpuNorm` is to normalise z, in place of torch or the reference; `trains`: a weight
-    or bias does."""
+def _is_own_on_cpu(z: torch.Tensor, kind: str, sums: bool) -> bool:
+    """Whether `CpuNorm` is to normalise z, in place of torch or the reference; `sums`: a weight or
+    bias wants a gradient."""
     if not _norm_cpu.is_for(z):
         return False
     if kind == "layer":  # torch adds up its gradients of vectors row by row
         many = z.numel() > _norm_cpu.ROWS_OF_TORCH * z.shape[-1]
-        return z.dtype in _HALVES or (trains and many)
+        return z.dtype in _HALVES or (sums and many)
     return z.numel() >= _RMS_FROM

@@ -14,7 +14,13 @@ from fastlm.ops._check import (
 )
 from fastlm.ops._library import apply, contract
 from fastlm.ops._rows import in_shape
-from fastlm.ops._transforms import gradients, in_create_graph, in_plain_eager, kernels_refuse
+from fastlm.ops._transforms import (
+    gradients,
+    in_create_graph,
+    in_plain_eager,
+    kernels_refuse,
+    trains,
+)
 from fastlm.reference.rotary import read_angles
 from fastlm.reference.rotary import rotary as _reference
 
@@ -137,8 +143,7 @@ class _Turn(torch.autograd.Function):
 
 
 def _torch_rotary(x, cos, sin, positions, interleaved) -> torch.Tensor:
-    trained = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if trained or not in_plain_eager():
+    if trains(cos, sin) or not in_plain_eager():
         return _reference(x, cos, sin, interleaved=interleaved, positions=positions)
     acc = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     angles = (read_angles(table, positions, x.shape[-3]).to(acc) for table in (cos, sin))
